@@ -1,0 +1,3 @@
+from edgelora.cli.main import main
+
+main()

@@ -1,0 +1,157 @@
+"""Stages meet only in folders: written to a temporary sibling and renamed when complete, each with a manifest.
+
+manifest (edgelora.json): {"format": 1, "kind": "run"|"merged"|"bundle"|"store", "tool_version": …, "complete": bool,
+"files": {relative path: sha256}, "settings": {…}, and what the stage adds}
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from edgelora import __version__
+from edgelora.errors import FolderError, MachineError
+
+MANIFEST = "edgelora.json"
+FORMAT_VERSION = 1
+
+
+@contextmanager
+def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield a temporary sibling of `path` that becomes `path` when the block ends well and is removed when it does not."""
+    refuse_existing(path, overwrite=overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with lock(path), disk_errors(path):
+        staging = path.with_name(f".{path.name}.partial")
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        try:
+            yield staging
+            swap_in(staging, path)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def swap_in(staging: Path, path: Path) -> None:
+    """Put `staging` in the place of `path`; whatever happens, one of the two complete folders stays there."""
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if path.exists():
+        path.rename(old)
+    staging.rename(path)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def refuse_existing(path: Path, *, overwrite: bool) -> None:
+    if overwrite and path.is_dir() and not is_ours(path) and any(path.iterdir()):
+        raise FolderError(f"{path} was not written by EdgeLoRA and is not overwritten", hint="choose another folder with -o")
+    if path.exists() and not overwrite:
+        raise FolderError(f"{path} exists already", hint="add --overwrite, or choose another folder with -o")
+
+
+def is_ours(path: Path) -> bool:
+    return (path / MANIFEST).is_file()
+
+
+@contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Let one process at a time write to `path`; the lock file beside it is free again when the process ends."""
+    import filelock
+
+    lock_file = path.with_name(f".{path.name}.lock")
+    held = filelock.FileLock(lock_file)
+    try:
+        held.acquire(timeout=0)
+    except filelock.Timeout:
+        raise FolderError(f"another process is writing to {path}", hint="wait for it to end") from None
+    try:
+        yield
+    finally:
+        held.release()
+        lock_file.unlink(missing_ok=True)
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn a full or unwritable disk into a message."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(path.parent).free >> 20
+            raise MachineError(f"the disk is full: writing {path} failed with {free} MB left", hint="free some space") from None
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise FolderError(f"{path} cannot be written: {error.strerror}", hint="choose another folder with -o") from None
+        raise
+
+
+def write_manifest(folder: Path, kind: str, *, complete: bool = True, **content: Any) -> None:
+    """Write the manifest of a folder, with the sha256 of each of its files, atomically."""
+    files = {p.relative_to(folder).as_posix(): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file() and p.name != MANIFEST}
+    head = {"format": FORMAT_VERSION, "kind": kind, "tool_version": __version__, "complete": complete}
+    write_json(folder / MANIFEST, {**head, **content, "files": files if complete else {}})
+
+
+def read_manifest(folder: Path, *kinds: str) -> dict[str, Any]:
+    """Return the manifest of a folder of one of the `kinds`; raises FolderError where there is none or it is newer."""
+    wanted = " or ".join(kinds)
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        kind, version = manifest["kind"], int(manifest["format"])
+    except FileNotFoundError:
+        found = "it does not exist" if not folder.exists() else f"it has no {MANIFEST}"
+        raise FolderError(f"{folder} is not a {wanted} folder: {found}") from None
+    except (ValueError, KeyError, TypeError, NotADirectoryError):
+        raise FolderError(f"{folder / MANIFEST} is damaged") from None
+    if version > FORMAT_VERSION:
+        raise FolderError(
+            f"{folder} has format {version}, written by EdgeLoRA {manifest.get('tool_version')}; this one reads up to {FORMAT_VERSION}",
+            hint="pip install --upgrade edgelora",
+        )
+    if kind not in kinds:
+        raise FolderError(f"{folder} is a {kind} folder; a {wanted} folder is wanted")
+    return dict(manifest)
+
+
+def check_files(folder: Path, manifest: dict[str, Any]) -> None:
+    """Compare the files of a folder with the sha256 that its manifest lists; raises FolderError naming every bad one."""
+    bad = []
+    for name, digest in manifest["files"].items():
+        path = inside(folder, name)
+        if not path.is_file():
+            bad.append(f"{name}: missing")
+        elif sha256(path) != digest:
+            bad.append(f"{name}: changed")
+    if bad:
+        raise FolderError("\n  ".join([f"{folder} is damaged:", *bad]), hint="make it again with --overwrite")
+
+
+def inside(folder: Path, name: str) -> Path:
+    """Return `folder / name`; raises FolderError if that leads outside of the folder."""
+    path = folder / name
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise FolderError(f'"{name}" points outside of {folder}')
+    return path
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON atomically: a reader sees the old file or the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, ensure_ascii=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)

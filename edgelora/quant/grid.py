@@ -1,0 +1,104 @@
+"""The one quantization grid: the format of ONNX Runtime's MatMulNBits, from training to the device.
+
+A weight `[N, K]` (N outputs, K inputs) is cut into blocks of `block_size` along K, and `w = (q - zero_point) * scale`
+with the implied zero point `2 ** (bits - 1)`. Codes are packed into uint8 `[N, ceil(K / block), block * bits / 8]`, low
+nibble first; scales are fp32 `[N, ceil(K / block)]` that bf16 can represent, so that kernels which keep bf16 scales
+see the same weights. Source: the operator specification of com.microsoft.MatMulNBits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """A weight on the grid.
+
+    codes:  uint8 `[N, ceil(K / block_size), block_size * bits // 8]`
+    scales: fp32 `[N, ceil(K / block_size)]`, bf16-representable; may be negative
+    """
+
+    codes: Tensor
+    scales: Tensor
+    bits: int
+    block_size: int
+    num_inputs: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.codes.shape[0], self.num_inputs
+
+    @property
+    def num_bytes(self) -> int:
+        return self.codes.numel() + 4 * self.scales.numel()
+
+
+def quantize(weight_NK: Tensor, bits: int, block_size: int) -> QuantizedTensor:
+    """Round a weight `[N, K]` to nearest on the grid. This is the only rounding in EdgeLoRA.
+
+    The scale of a block is its signed extreme / -2^(bits-1): the value of largest magnitude is hit exactly, and the
+    one code more that the negative side has is always used, so a scale may be negative.
+    """
+    return encode(weight_NK, choose_scales(weight_NK, bits, block_size), bits, block_size)
+
+
+def choose_scales(weight_NK: Tensor, bits: int, block_size: int) -> Tensor:
+    """Return the scales fp32 `[N, ceil(K / block_size)]` for a weight `[N, K]`; a block of zeros gets 1."""
+    blocks = to_blocks(weight_NK.float(), block_size)
+    extreme = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)).squeeze(-1)
+    scales = (extreme / -(2 ** (bits - 1))).bfloat16().float()
+    return torch.where(scales == 0, torch.ones_like(scales), scales)
+
+
+def encode(weight_NK: Tensor, scales: Tensor, bits: int, block_size: int) -> QuantizedTensor:
+    """Return the nearest codes of a weight `[N, K]` for given scales `[N, ceil(K / block_size)]`."""
+    blocks = to_blocks(weight_NK.float(), block_size)
+    zero_point = 2 ** (bits - 1)
+    codes = (blocks / scales.unsqueeze(-1)).round_().add_(zero_point).clamp_(0, 2**bits - 1).to(torch.uint8)
+    return QuantizedTensor(pack(codes, bits), scales, bits, block_size, weight_NK.shape[1])
+
+
+def dequantize(tensor: QuantizedTensor, out: Tensor | None = None) -> Tensor:
+    """Return fp32 `[N, K]`; `out`, fp32 with at least N * ceil(K / block) * block elements, is reused as the memory."""
+    num_outputs, num_blocks = tensor.scales.shape
+    if out is None:
+        out = torch.empty(num_outputs * num_blocks * tensor.block_size)
+    blocks = out.view(-1)[: num_outputs * num_blocks * tensor.block_size].view(num_outputs, num_blocks, -1)
+    if tensor.bits == 4:
+        # A block's fp32 values are written as two interleaved halves: no int tensor of full size is made.
+        halves = blocks.view(num_outputs, num_blocks, -1, 2)
+        halves[..., 0] = tensor.codes & 15
+        halves[..., 1] = tensor.codes >> 4
+    else:
+        blocks.copy_(unpack(tensor.codes, tensor.bits))
+    blocks.sub_(2 ** (tensor.bits - 1)).mul_(tensor.scales.unsqueeze(-1))
+    return blocks.view(num_outputs, -1)[:, : tensor.num_inputs]
+
+
+def to_blocks(weight_NK: Tensor, block_size: int) -> Tensor:
+    """Return a view or zero-padded copy `[N, ceil(K / block_size), block_size]`."""
+    padding = -weight_NK.shape[1] % block_size
+    if padding:
+        weight_NK = torch.nn.functional.pad(weight_NK, (0, padding))
+    return weight_NK.reshape(weight_NK.shape[0], -1, block_size)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack uint8 codes `[..., block]` into `[..., block * bits // 8]`, first code in the low bits."""
+    per_byte = 8 // bits
+    groups = codes.view(*codes.shape[:-1], -1, per_byte)
+    packed = groups[..., 0].clone()
+    for position in range(1, per_byte):
+        packed |= groups[..., position] << (bits * position)
+    return packed
+
+
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """Undo `pack`: uint8 `[..., block * bits // 8]` to `[..., block]`."""
+    per_byte = 8 // bits
+    parts = [(packed >> (bits * position)) & (2**bits - 1) for position in range(per_byte)]
+    return torch.stack(parts, -1).view(*packed.shape[:-1], -1)
