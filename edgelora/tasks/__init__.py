@@ -1,0 +1,40 @@
+"""The registry of tasks."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable
+
+from edgelora.errors import DataError, SettingsError, did_you_mean
+from edgelora.tasks.base import Task
+
+TASKS = {
+    "text-generation": "edgelora.tasks.text_generation:TextGeneration",
+    "text-classification": "edgelora.tasks.text_classification:TextClassification",
+}
+
+
+def get_task(name: str) -> Task:
+    """Return the task of that name. Raises SettingsError with the closest match and the list."""
+    if name not in TASKS:
+        message = f'"{name}" is not a task.{did_you_mean(name, TASKS)} Tasks: {", ".join(TASKS)}'
+        raise SettingsError(message, hint="edgelora tasks")
+    module, _, attribute = TASKS[name].partition(":")
+    task: Task = getattr(importlib.import_module(module), attribute)()
+    return task
+
+
+def guess_task(columns: Iterable[str]) -> Task:
+    """Return the task whose columns are all there: the one that uses the most of them. Raises DataError when none fits."""
+    found = set(columns)
+    fits = []
+    for name in TASKS:
+        task = get_task(name)
+        fits += [(len(shape), task) for shape in task.shapes if found.issuperset(shape)]
+    if fits:
+        return max(fits, key=lambda fit: fit[0])[1]
+    wanted = [f"{' + '.join(shape)} ({name})" for name in TASKS for shape in get_task(name).shapes]
+    raise DataError(
+        f"no task has the columns {', '.join(sorted(found)) or '(none)'}; wanted one of: {', '.join(wanted)}",
+        hint="--columns prompt=mr,completion=ref maps our names to the data's",
+    )
