@@ -3,17 +3,42 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from edgelora.errors import SettingsError, did_you_mean
 
+Config = TypeVar("Config", "FinetuneConfig", "GenerateConfig")
 
-def setting(default: Any, text: str, *, flag: bool = False, choices: tuple[Any, ...] = ()) -> Any:
-    """Declare a field: its default, its help, whether it is also a flag, and the values allowed."""
-    return field(default=default, metadata={"help": text, "flag": flag, "choices": choices})
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers allowed: from `low` (or above it) up to `high`."""
+
+    low: float
+    high: float = math.inf
+    above: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return math.isfinite(value) and (self.low < value if self.above else self.low <= value) and value <= self.high
+
+    def __str__(self) -> str:
+        if math.isfinite(self.high):
+            return f"{'above ' if self.above else ''}{self.low:g} to {self.high:g}"
+        return f"{'above' if self.above else 'at least'} {self.low:g}"
+
+
+AT_LEAST_0, AT_LEAST_1, ABOVE_0, SHARE = Range(0), Range(1), Range(0, above=True), Range(0, 1)
+
+
+def setting(default: Any, text: str, *, flag: bool = False, choices: tuple[Any, ...] = (), allowed: Range | None = None) -> Any:
+    """Declare a field: its default, its help, whether it is also a flag, and the values or the range allowed."""
+    return field(default=default, metadata={"help": text, "flag": flag, "choices": choices, "allowed": allowed})
 
 
 @dataclass(frozen=True)
@@ -21,43 +46,78 @@ class FinetuneConfig:
     """Settings of `edgelora finetune`. None means: chosen by the task, the model or the planner, and recorded."""
 
     task: str | None = setting(None, "Task, as `edgelora tasks` lists them; guessed from the columns.", flag=True)
-    columns: dict[str, str] | None = setting(None, "Our column names to the data's: prompt=mr,completion=ref.", flag=True)
-    ram: int | None = setting(None, "Memory that the whole run may use: 1GB, 570MB. Default: half of what is free.", flag=True)
+    columns: dict[str, str] | None = setting(  # noqa: RUF009  setting() is dataclasses.field
+        None, "Our column names to the data's: prompt=mr,completion=ref.", flag=True
+    )
+    ram: int | None = setting(
+        None, "Memory that the whole run may use: 1GB, 570MB. Default: half of what is free.", flag=True, allowed=ABOVE_0
+    )
     precision: str = setting("int4", "What will ship.", flag=True, choices=("int4", "int8", "fp32"))
-    rank: int = setting(8, "Rank of the adapters.", flag=True)
-    alpha: float | None = setting(None, "LoRA alpha: the update is scaled by alpha / rank. Default: 2 × rank.", flag=True)
+    rank: int = setting(8, "Rank of the adapters.", flag=True, allowed=AT_LEAST_1)
+    alpha: float | None = setting(
+        None, "LoRA alpha: the update is scaled by alpha / rank. Default: 2 × rank.", flag=True, allowed=ABOVE_0
+    )
     target_modules: str | None = setting(
         None, "all-linear, or names separated by commas: q_proj,v_proj. Default: the task's.", flag=True
     )
-    learning_rate: float | None = setting(None, "Peak learning rate. Default: the task's.", flag=True)
-    batch_size: int = setting(8, "Rows of one optimizer step.", flag=True)
-    epochs: float = setting(3.0, "Passes over the training rows.", flag=True)
-    max_steps: int | None = setting(None, "Stop after this many optimizer steps, whatever the epochs.", flag=True)
-    max_length: int | None = setting(None, "Longest row in tokens. Default: 1024, or the model's limit.", flag=True)
+    learning_rate: float | None = setting(None, "Peak learning rate. Default: the task's.", flag=True, allowed=ABOVE_0)
+    batch_size: int = setting(8, "Rows of one optimizer step.", flag=True, allowed=AT_LEAST_1)
+    epochs: float = setting(3.0, "Passes over the training rows.", flag=True, allowed=ABOVE_0)
+    max_steps: int | None = setting(
+        None, "Stop after this many optimizer steps, whatever the epochs.", flag=True, allowed=AT_LEAST_1
+    )
+    max_length: int | None = setting(
+        None, "Longest row in tokens. Default: 1024, or the model's limit.", flag=True, allowed=AT_LEAST_1
+    )
     truncate: bool = setting(False, "Cut rows over the length limit instead of refusing them.", flag=True)
     base_bits: int | None = setting(
         None, "Bits of the frozen weights in memory. Default: the most that fits.", flag=True, choices=(32, 16, 8, 4)
     )
-    seed: int = setting(0, "Seed of everything random.", flag=True)
-    threads: int | None = setting(None, "CPU threads. Default: the physical cores.", flag=True)
-    valid: str | None = setting(None, "Validation rows: a file, or a share such as 0.1. Default: 0.1, at most 500 rows.", flag=True)
-    valid_rows: int = setting(64, "Rows of the closing table; 0 means all.", flag=True)
-    micro_batch: int | None = setting(None, "Rows computed at once. Default: what fits the memory.")
+    seed: int = setting(0, "Seed of everything random.", flag=True, allowed=AT_LEAST_0)
+    threads: int | None = setting(None, "CPU threads. Default: the physical cores.", flag=True, allowed=AT_LEAST_1)
+    valid: str | None = setting(
+        None, "Validation rows: a file, or a share such as 0.1. Default: 0.1, at most 500 rows.", flag=True
+    )
+    valid_rows: int = setting(64, "Rows of the closing table; 0 means all.", flag=True, allowed=AT_LEAST_0)
+    micro_batch: int | None = setting(None, "Rows computed at once. Default: what fits the memory.", allowed=AT_LEAST_1)
     gradient_checkpointing: bool | None = setting(None, "Recompute activations in backward. Default: when memory asks for it.")
     schedule: str = setting("cosine", "Learning-rate schedule.", choices=("cosine", "linear", "constant"))
-    warmup_ratio: float = setting(0.05, "Share of the steps that the learning rate takes to rise.")
-    weight_decay: float = setting(0.0, "AdamW weight decay of the adapters.")
-    dropout: float = setting(0.0, "Dropout on the adapters' input.")
-    max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm.")
+    warmup_ratio: float = setting(0.05, "Share of the steps that the learning rate takes to rise.", allowed=SHARE)
+    weight_decay: float = setting(0.0, "AdamW weight decay of the adapters.", allowed=AT_LEAST_0)
+    dropout: float = setting(0.0, "Dropout on the adapters' input.", allowed=Range(0, 0.99))
+    max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm.", allowed=ABOVE_0)
     rslora: bool = setting(False, "Scale by alpha / sqrt(rank) (rsLoRA).")
     dora: bool = setting(False, "Train a magnitude beside the direction (DoRA).")
-    evaluations: int = setting(4, "Times that the validation rows are scored during training.")
-    patience: int | None = setting(None, "Stop after this many evaluations without a better one.")
-    checkpoint_minutes: float = setting(2.0, "Minutes between checkpoints.")
+    evaluations: int = setting(4, "Times that the validation rows are scored during training.", allowed=AT_LEAST_0)
+    patience: int | None = setting(None, "Stop after this many evaluations without a better one.", allowed=AT_LEAST_1)
+    checkpoint_minutes: float = setting(2.0, "Minutes between checkpoints.", allowed=ABOVE_0)
     trust_remote_code: bool = setting(False, "Run Python code that comes with the model.", flag=True)
 
 
-def load_toml(path: Path, base: FinetuneConfig) -> FinetuneConfig:
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Settings of `edgelora run` and `edgelora chat` for models that write text. A temperature of 0 is greedy."""
+
+    max_new_tokens: int = setting(256, "Tokens that an answer may have at most.", flag=True, allowed=AT_LEAST_1)
+    temperature: float = setting(
+        0.0, "0: always the likeliest token. Above: sampling, wilder the higher.", flag=True, allowed=AT_LEAST_0
+    )
+    top_k: int = setting(0, "Sample among the K likeliest tokens; 0: all.", flag=True, allowed=AT_LEAST_0)
+    top_p: float = setting(
+        1.0,
+        "Sample among the likeliest tokens that together have this probability.",
+        flag=True,
+        allowed=Range(0, 1, above=True),
+    )
+    min_p: float = setting(0.0, "Sample among tokens at least this likely, against the likeliest.", flag=True, allowed=SHARE)
+    repetition_penalty: float = setting(1.0, "Above 1, tokens that occurred become less likely.", flag=True, allowed=ABOVE_0)
+    stop: tuple[str, ...] | None = setting(None, "End the answer before this text; may be given more than once.", flag=True)
+    seed: int = setting(0, "Seed of the sampling.", flag=True, allowed=AT_LEAST_0)
+    system: str | None = setting(None, "System turn put before the prompt.", flag=True)
+    raw: bool = setting(False, "Give the prompt to the model as it is, without the chat template.", flag=True)
+
+
+def load_toml(path: Path, base: Config) -> Config:
     """Return `base` with the values of a TOML file; every unknown key and wrong type is reported at once."""
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -68,44 +128,89 @@ def load_toml(path: Path, base: FinetuneConfig) -> FinetuneConfig:
     return replace(base, values, where=str(path))
 
 
-def replace(config: FinetuneConfig, values: dict[str, Any], *, where: str) -> FinetuneConfig:
-    """Return `config` with `values` checked against the fields' types and choices.
+def replace(config: Config, values: dict[str, Any], *, where: str) -> Config:
+    """Return `config` with `values` checked against the fields' types, choices and ranges.
 
     Raises SettingsError that lists every problem. A key may be spelt with dashes or underscores; `ram` may be "1GB".
     """
     fields = {f.name: f for f in dataclasses.fields(config)}
     types = get_type_hints(type(config))
-    problems, clean = [], {}
+    problems: list[str] = []
+    clean: dict[str, Any] = {}
     for key, value in values.items():
         name = key.replace("-", "_")
         if name not in fields:
             problems.append(f'"{key}" is not a setting.{did_you_mean(name, fields)}')
             continue
-        if name == "ram" and isinstance(value, str):
-            value = parse_bytes(value)
-        wanted = get_args(types[name]) or (types[name],)
-        if float in wanted and isinstance(value, int) and not isinstance(value, bool):
-            value = float(value)
-        kinds = tuple(getattr(t, "__origin__", t) or t for t in wanted)
-        choices = fields[name].metadata["choices"]
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            names = " or ".join(k.__name__ for k in kinds if k is not type(None))
-            problems.append(f'"{key}" is {value!r} ({type(value).__name__}); allowed: {names}')
-        elif choices and value is not None and value not in choices:
-            problems.append(f'"{key}" is {value!r}; allowed: {", ".join(map(str, choices))}')
-        else:
-            clean[name] = value
+        value, problem = _checked(name, value, types[name], fields[name].metadata)
+        if problem:
+            problems.append(f'"{key}" is {value!r}{problem}')
+        elif name in clean:
+            problems.append(f'"{key}" is given twice')
+        clean[name] = value
     if problems:
-        raise SettingsError("\n  ".join([f"{where}: {len(problems)} problem(s)", *problems]))
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise SettingsError("\n  ".join([f"{where}: {count}", *problems]))
     return dataclasses.replace(config, **clean)
+
+
+def _checked(name: str, value: Any, annotation: Any, rules: Mapping[str, Any]) -> tuple[Any, str]:
+    """Return the value as the field holds it, and what is wrong with it or ""."""
+    if name == "ram" and isinstance(value, str):
+        try:
+            value = parse_bytes(value)
+        except SettingsError:
+            return value, "; allowed: an amount of memory such as 570MB or 1.5GB"
+    if name == "valid" and isinstance(value, float):
+        value = str(value)
+    if name == "target_modules" and isinstance(value, list) and all(isinstance(item, str) for item in value):
+        value = ",".join(value)
+    wanted = (annotation,) if isinstance(annotation, type) and not get_args(annotation) else get_args(annotation)
+    if get_origin(annotation) in (tuple, dict):
+        wanted = (annotation,)
+    kinds = tuple(get_origin(kind) or kind for kind in wanted)
+    if isinstance(value, bool) and bool not in kinds:
+        return value, f" (bool); allowed: {_names(kinds)}"
+    if float in kinds and isinstance(value, int):
+        value = float(value)
+    if tuple in kinds and isinstance(value, list):
+        value = tuple(value)
+    if not isinstance(value, kinds):
+        return value, f" ({type(value).__name__}); allowed: {_names(kinds)}"
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else ()
+    if not all(isinstance(item, str) for item in items):
+        return value, "; allowed: strings in it"
+    if value is not None and rules["choices"] and value not in rules["choices"]:
+        return value, f"; allowed: {', '.join(map(str, rules['choices']))}"
+    if isinstance(value, int | float) and rules["allowed"] is not None and value not in rules["allowed"]:
+        return value, f"; allowed: {rules['allowed']}"
+    return value, ""
+
+
+def _names(kinds: tuple[type, ...]) -> str:
+    names = {"int": "a whole number", "float": "a number", "str": "a string", "bool": "true or false"}
+    names |= {"dict": "a table of strings", "tuple": "a list of strings"}
+    return " or ".join(names[kind.__name__] for kind in kinds if kind is not type(None))
 
 
 def parse_bytes(text: str) -> int:
     """Return the bytes of "570MB", "1.5GB" or "800000"; MB are 2^20 bytes."""
-    units = {"KB": 1 << 10, "MB": 1 << 20, "GB": 1 << 30, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "B": 1, "": 1}
-    number = text.strip().upper().rstrip("BKMG")
-    unit = text.strip().upper()[len(number) :]
-    try:
-        return int(float(number) * units[unit.replace("I", "")])
-    except (ValueError, KeyError):
-        raise SettingsError(f'"{text}" is not an amount of memory; allowed: 570MB, 1.5GB') from None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)I?B?\s*", text.upper())
+    if match is None:
+        raise SettingsError(f'"{text}" is not an amount of memory; allowed: 570MB, 1.5GB')
+    return int(float(match[1]) * (1 << {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}[match[2]]))
+
+
+def parse_columns(text: str) -> dict[str, str]:
+    """Return {"prompt": "mr", "completion": "ref"} of "prompt=mr,completion=ref"."""
+    columns: dict[str, str] = {}
+    for pair in text.split(","):
+        ours, equals, theirs = (part.strip() for part in pair.partition("="))
+        if not (ours and equals and theirs):
+            raise SettingsError(
+                f'"{pair}" does not map a column; allowed: our name = the data\'s, as in prompt=mr,completion=ref'
+            )
+        if ours in columns:
+            raise SettingsError(f'column "{ours}" is mapped twice, to "{columns[ours]}" and "{theirs}"')
+        columns[ours] = theirs
+    return columns

@@ -56,9 +56,9 @@ def peak_rss_mb() -> float:
         return status
     import psutil
 
-    info = psutil.Process().memory_info()
-    if hasattr(info, "peak_wset"):  # Windows
-        return float(info.peak_wset) / (1 << 20)
+    windows_peak = getattr(psutil.Process().memory_info(), "peak_wset", None)
+    if windows_peak is not None:
+        return float(windows_peak) / (1 << 20)
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
