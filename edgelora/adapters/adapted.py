@@ -1,0 +1,123 @@
+"""A base model with its adapter in it, tensor by tensor and apart from any module: what `merge` reads."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from edgelora.adapters.peft_format import AdapterFile, merged_weight
+from edgelora.errors import FolderError, ModelError
+from edgelora.models.layout import Layout
+from edgelora.quant.grid import QuantizedTensor, dequantize
+
+if TYPE_CHECKING:
+    from edgelora.models.source import ModelSource
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """`layout` names what ships; `aliases` sends a name to the one that the source stores it under."""
+
+    source: ModelSource
+    adapter: AdapterFile | None
+    layout: Layout
+    aliases: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def build(cls, source: ModelSource, adapter: AdapterFile | None, layout: Layout) -> Adapted:
+        """Fit the three together. Raises FolderError if the adapter names what the model does not have, ModelError if a
+        tensor that must ship is neither in the model nor in the adapter."""
+        if adapter is not None and layout.tied_head and changes(adapter, (layout.tied_head, layout.embeddings[0])):
+            # PEFT trains the one and leaves the other as it was, so that they are not one tensor any more.
+            layout = dataclasses.replace(layout, embeddings=(*layout.embeddings, layout.tied_head), tied_head=None)
+        if adapter is not None:
+            refuse_unknown(adapter, layout)
+        available = set(source.names())
+        aliases = {}
+        for name in layout.names():
+            stored = layout.stored_name(name, available)
+            if stored is not None:
+                aliases[name] = stored
+        missing = [name for name in layout.names() if name not in aliases and not (adapter and name in adapter.saved_modules)]
+        if missing:
+            listed = "\n  ".join([f"{source.reference} has no", *missing[:10]])
+            raise ModelError(listed, hint="edgelora finetune trains what is missing: a new classification head")
+        return cls(source, adapter, layout, aliases)
+
+    def weight(self, path: str) -> tuple[Tensor, Tensor | None]:
+        """Return the base weight [N, K] of a layer, and the adapted one in fp32, or None if no adapter changes it."""
+        name = f"{path}.weight"
+        saved = self.adapter.saved_modules.get(name) if self.adapter else None
+        if saved is not None and self.layout.transposed and path in self.layout.linears:
+            saved = saved.t()
+        if saved is not None and name not in self.aliases:
+            return saved, None
+        base = self._base(path)
+        if saved is not None:
+            return base, saved
+        if self.adapter is None or path not in self.adapter.factors:
+            return base, None
+        return base, merged_weight(self.adapter, path, base)
+
+    def plain(self, name: str) -> Tensor:
+        """Return a tensor that is not a layer on the grid, fp32."""
+        if self.adapter is not None and name in self.adapter.saved_modules:
+            return self.adapter.saved_modules[name]
+        return self.source.read(self.aliases[name]).float()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor as it ships: [N, K] for every layer."""
+        if self.adapter is not None and name in self.adapter.saved_modules:
+            shape = tuple(self.adapter.saved_modules[name].shape)
+        else:
+            shape = tuple(self.source.shape(self.aliases[name]))
+        turned = self.layout.transposed and name.removesuffix(".weight") in self.layout.linears
+        return shape[::-1] if turned else shape
+
+    def _base(self, path: str) -> Tensor:
+        weight = self.source.read_linear(self.aliases[f"{path}.weight"].removesuffix(".weight"))
+        if isinstance(weight, QuantizedTensor):
+            return dequantize(weight)
+        return weight.t() if self.layout.transposed and path in self.layout.linears else weight
+
+
+def changes(adapter: AdapterFile, paths: Iterable[str]) -> bool:
+    return any(path in adapter.factors or f"{path}.weight" in adapter.saved_modules for path in paths)
+
+
+def refuse_unknown(adapter: AdapterFile, layout: Layout) -> None:
+    """Raise FolderError naming every part of the adapter that has no place in the model."""
+    layers, names = {*layout.linears, *layout.embeddings}, set(layout.names())
+    unknown = [path for path in adapter.factors if path not in layers]
+    unknown += [name for name in adapter.saved_modules if name not in names]
+    if unknown:
+        shown = [*unknown[:10], *([f"and {len(unknown) - 10} more"] if len(unknown) > 10 else [])]
+        raise FolderError(
+            "\n  ".join(["the adapter changes what this model does not have:", *shown]), hint="name its own base with --model"
+        )
+
+
+def head_rows(adapted: Adapted) -> int:
+    """Return the number of labels: the outputs of the last matrix of the classification head."""
+    matrices = [
+        name for name in adapted.layout.plain if name.endswith(".weight") and not name.startswith(adapted.layout.prefix)
+    ]
+    return [shape[0] for name in matrices if len(shape := adapted.shape(name)) == 2][-1]
+
+
+def config_of(adapted: Adapted, labels: list[str]) -> dict[str, Any]:
+    """Return the config.json of what ships."""
+    config = {key: value for key, value in adapted.source.config.items() if key != "quantization_config"}
+    if adapted.layout.architecture:
+        config["architectures"] = [adapted.layout.architecture]
+    if len(adapted.layout.embeddings) > 1:
+        config["tie_word_embeddings"] = False
+    if labels:
+        config["id2label"] = {str(i): label for i, label in enumerate(labels)}
+        config["label2id"] = {label: i for i, label in enumerate(labels)}
+        config["problem_type"] = "single_label_classification"
+    return config
