@@ -175,7 +175,7 @@ class Tokenizer:
     def encode_spans(self, text: str, spans: Sequence[Span]) -> tuple[list[int], list[bool]]:
         """Return the ids of `text` (with its special tokens) and whether each is in a span (start, end) of characters.
 
-        The text is encoded whole, and then verified: up to each span's start the ids must be those of that prefix alone, because
+        The text is encoded whole and then verified: up to each span's start the ids must be those of that prefix alone, because
         that is all that a device sees. Where a token would straddle a start (an answer that begins with a line break), the text
         is encoded in pieces cut at the spans' ends instead, so that the first answer's prompt still gets its own ids.
         """

@@ -1,0 +1,49 @@
+"""Metrics of generated text against references."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def perplexity(loss: float) -> float:
+    """Return exp(loss); infinity where that is too large for a float."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+def score_texts(outputs: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """Return the shares of outputs that equal their reference, contain it, and equal it as JSON; outer space does not count.
+
+    `json_equal` is over the rows whose reference is a JSON object or list, and absent when there is none.
+    """
+    pairs = [(output.strip(), reference.strip()) for output, reference in zip(outputs, references, strict=True)]
+    metrics = {
+        "exact_match": share([output == reference for output, reference in pairs]),
+        "contains": share([reference in output for output, reference in pairs]),
+    }
+    parsed = [(parse(output), parse(reference)) for output, reference in pairs]
+    structured = [output == reference for output, reference in parsed if isinstance(reference, dict | list)]
+    return metrics | ({"json_equal": share(structured)} if structured else {})
+
+
+def share(hits: Sequence[bool]) -> float:
+    return sum(hits) / len(hits)
+
+
+def parse(text: str) -> Any:
+    """Return the JSON value of a text, None where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def last_run(supervised: NDArray[np.uint8]) -> int:
+    """Return where the last run of supervised tokens begins."""
+    ends = np.flatnonzero(np.diff(supervised, prepend=0) == 1)  # uint8: 0 - 1 is 255, so 1 is a rise only
+    return int(ends[-1])
