@@ -31,17 +31,14 @@ class Adapted:
     def build(cls, source: ModelSource, adapter: AdapterFile | None, layout: Layout) -> Adapted:
         """Fit the three together. Raises FolderError if the adapter names what the model does not have, ModelError if a
         tensor that must ship is neither in the model nor in the adapter."""
+        available = set(source.names())
+        aliases = {name: stored for name in layout.names() if (stored := layout.stored_name(name, available))}
         if adapter is not None and layout.tied_head and changes(adapter, (layout.tied_head, layout.embeddings[0])):
             # PEFT trains the one and leaves the other as it was, so that they are not one tensor any more.
+            aliases[f"{layout.tied_head}.weight"] = aliases[f"{layout.embeddings[0]}.weight"]
             layout = dataclasses.replace(layout, embeddings=(*layout.embeddings, layout.tied_head), tied_head=None)
         if adapter is not None:
             refuse_unknown(adapter, layout)
-        available = set(source.names())
-        aliases = {}
-        for name in layout.names():
-            stored = layout.stored_name(name, available)
-            if stored is not None:
-                aliases[name] = stored
         missing = [name for name in layout.names() if name not in aliases and not (adapter and name in adapter.saved_modules)]
         if missing:
             listed = "\n  ".join([f"{source.reference} has no", *missing[:10]])
@@ -101,7 +98,7 @@ def refuse_unknown(adapter: AdapterFile, layout: Layout) -> None:
         )
 
 
-def head_rows(adapted: Adapted) -> int:
+def num_labels(adapted: Adapted) -> int:
     """Return the number of labels: the outputs of the last matrix of the classification head."""
     matrices = [
         name for name in adapted.layout.plain if name.endswith(".weight") and not name.startswith(adapted.layout.prefix)
@@ -109,7 +106,7 @@ def head_rows(adapted: Adapted) -> int:
     return [shape[0] for name in matrices if len(shape := adapted.shape(name)) == 2][-1]
 
 
-def config_of(adapted: Adapted, labels: list[str]) -> dict[str, Any]:
+def merged_config(adapted: Adapted, labels: list[str]) -> dict[str, Any]:
     """Return the config.json of what ships."""
     config = {key: value for key, value in adapted.source.config.items() if key != "quantization_config"}
     if adapted.layout.architecture:

@@ -1,0 +1,55 @@
+"""Which layers get 8 bits where the others get 4.
+
+The rule, for precision int4:
+
+1. Embedding and LM head get 8 bits, whatever their error. Measured on SmolLM2 (E2E rows): blocks of 32 at 4 bits there cost
+   0.11 of loss, at 8 bits nothing; a head in 8 bits is what the next token is read from, an embedding what every layer adds to.
+2. A linear layer gets 8 bits if its relative error at 4 bits, ‖Q(W) - W‖ / ‖W‖ over the merged weight, is above
+   `OUTLIER` × the median of all linear layers. Gaussian-like weights in blocks of 32 have 0.085 to 0.09 whatever their size
+   (median 0.088 on MiniLM, 0.087 on SmolLM2), so 1.15 × finds the layers with heavy tails.
+3. The layers of rule 2, worst first, stop where they would hold more than `LARGEST_SHARE` of the linear layers' weights: if
+   everything is an outlier, the size is kept and the error table says what it costs.
+
+Precision int8 is 8 bits everywhere, fp32 none.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Collection, Mapping
+
+OUTLIER = 1.15
+LARGEST_SHARE = 0.1
+
+PRECISION_BITS: dict[str, int | None] = {"int4": 4, "int8": 8, "fp32": None}
+
+
+def choose_bits(
+    precision: str, shapes: Mapping[str, tuple[int, int]], errors: Mapping[str, float], keep_8: Collection[str]
+) -> dict[str, int]:
+    """Return the bits of each layer path of `shapes`; an empty dict means that nothing is quantized.
+
+    errors: relative error at 4 bits of the linear layers. keep_8: the paths of embedding and LM head (rule 1).
+    """
+    if PRECISION_BITS[precision] is None:
+        return {}
+    if PRECISION_BITS[precision] == 8:
+        return dict.fromkeys(shapes, 8)
+    raised = {*keep_8, *outliers({path: shape for path, shape in shapes.items() if path not in keep_8}, errors)}
+    return {path: 8 if path in raised else 4 for path in shapes}
+
+
+def outliers(shapes: Mapping[str, tuple[int, int]], errors: Mapping[str, float]) -> list[str]:
+    """Return the paths that rules 2 and 3 raise to 8 bits, worst error first."""
+    if not shapes:
+        return []
+    limit = OUTLIER * statistics.median(errors[path] for path in shapes)
+    room = LARGEST_SHARE * sum(outputs * inputs for outputs, inputs in shapes.values())
+    raised = []
+    for path in sorted(shapes, key=lambda path: -errors[path]):
+        outputs, inputs = shapes[path]
+        room -= outputs * inputs
+        if errors[path] <= limit or room < 0:
+            break
+        raised.append(path)
+    return raised

@@ -1,0 +1,35 @@
+"""The rule that gives 8 bits to the layers that 4 bits hurt."""
+
+from __future__ import annotations
+
+from edgelora.quant.bits import LARGEST_SHARE, choose_bits, outliers
+
+SHAPES = {f"layers.{i}": (64, 64) for i in range(20)} | {"embed": (1000, 64)}
+ERRORS = {f"layers.{i}": 0.088 for i in range(20)}
+
+
+def test_int8_is_8_bits_everywhere_and_fp32_is_none() -> None:
+    assert choose_bits("int8", SHAPES, {}, {"embed"}) == dict.fromkeys(SHAPES, 8)
+    assert choose_bits("fp32", SHAPES, {}, {"embed"}) == {}
+
+
+def test_embedding_keeps_8_bits_and_even_layers_get_4() -> None:
+    bits = choose_bits("int4", SHAPES, ERRORS, {"embed"})
+    assert bits["embed"] == 8
+    assert {bits[path] for path in ERRORS} == {4}
+
+
+def test_a_layer_with_an_outlying_error_gets_8_bits() -> None:
+    bits = choose_bits("int4", SHAPES, {**ERRORS, "layers.7": 0.12, "layers.8": 0.1}, {"embed"})
+    assert [path for path, value in bits.items() if value == 8] == ["layers.7", "embed"]
+
+
+def test_outliers_stop_at_their_share_of_the_weights_worst_first() -> None:
+    linears = {path: SHAPES[path] for path in ERRORS}
+    errors = {**ERRORS, "layers.1": 0.2, "layers.2": 0.3, "layers.3": 0.25}
+    assert LARGEST_SHARE * len(linears) == 2
+    assert outliers(linears, errors) == ["layers.2", "layers.3"]
+
+
+def test_no_linear_layers_is_no_outliers() -> None:
+    assert outliers({}, {}) == []
