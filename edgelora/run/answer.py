@@ -1,0 +1,63 @@
+"""`edgelora run BUNDLE INPUT…`: answers or labels for inputs given on the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from edgelora.config import GenerateConfig
+from edgelora.errors import UserError
+from edgelora.run.model import Model, Prompt, load
+
+TOP = 3  # labels shown to people; JSON has all of them
+
+
+def run(
+    bundle: Path,
+    inputs: Sequence[str],
+    config: GenerateConfig | None = None,
+    *,
+    threads: int | None = None,
+    write: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Return {"output": …, "task": …}: one output for one input, a list for several.
+
+    A text for a decoder; for a classifier [{"label": …, "probability": …}, …], the most probable first. `write` is given
+    the text that people see, in pieces as it is made.
+    """
+    if not inputs:
+        raise UserError("no input was given", hint=f'edgelora run {bundle} "some text"')
+    model = load(bundle, threads=threads)
+    outputs = [run_one(model, text, config, write) for text in inputs]
+    return {"task": model.task, "output": outputs[0] if len(outputs) == 1 else outputs}
+
+
+def run_one(model: Model, prompt: Prompt, config: GenerateConfig | None, write: Callable[[str], None] | None) -> Any:
+    """Return the output of one input, as `run` describes."""
+    if model.task == "text-generation":
+        answer = model.start(prompt, config)
+        for piece in answer:
+            if write is not None:
+                write(piece)
+        if write is not None:
+            write(note(answer.finish, model) + "\n")
+        return answer.text
+    labelled = model.classify([str(prompt)])[0]
+    if write is not None:
+        write("  ".join(f"{label} {probability:.1%}" for label, probability in labelled[:TOP]) + "\n")
+    return label_objects(labelled)
+
+
+def label_objects(labelled: Sequence[tuple[str, float]]) -> list[dict[str, Any]]:
+    """Return (label, probability) pairs as JSON has them."""
+    return [{"label": label, "probability": probability} for label, probability in labelled]
+
+
+def note(finish: str, model: Model) -> str:
+    """Return what people should know about how an answer ended."""
+    notes = {
+        "length": " … (cut: --max-new-tokens)",
+        "context": f" … (cut: the bundle's limit of {model.bundle.max_length} tokens is reached)",
+    }
+    return notes.get(finish, "")

@@ -1,0 +1,139 @@
+"""`edgelora run BUNDLE --input rows.jsonl --output out.jsonl`: a file of rows in, the same rows with an `output` out."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from edgelora import console
+from edgelora.config import GenerateConfig
+from edgelora.errors import DataError, FolderError
+from edgelora.folder import disk_errors
+from edgelora.run.answer import label_objects
+from edgelora.run.model import Model, Prompt, load
+
+CLASSIFIED_AT_ONCE = 256  # rows between two updates of the progress bar
+
+
+def run_file(
+    bundle: Path,
+    rows: Path,
+    out: Path,
+    config: GenerateConfig | None = None,
+    *,
+    columns: Mapping[str, str] | None = None,
+    threads: int | None = None,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write `out` (JSONL, atomically): every row of `rows` (JSONL) with an `output` added.
+
+    A row has `messages`, `prompt` or `text`; `columns` maps these names to the data's. Returns rows, seconds and, for
+    decoders, tokens. Raises DataError listing every bad row by line before anything is computed.
+    """
+    if out.exists() and not overwrite:
+        raise FolderError(f"{out} exists already", hint="add --overwrite, or choose another file with --output")
+    model = load(bundle, threads=threads)
+    wanted = ("messages", "prompt", "text") if model.task == "text-generation" else ("text",)
+    read = read_rows(rows, wanted, columns or {})
+    started = time.perf_counter()
+    make = generate_all if model.task == "text-generation" else classify_all
+    with console.progress("run", total=len(read)) as bar:
+        outputs, tokens = make(model, [prompt for _, prompt in read], config, bar.update)
+    write_rows(out, [{**row, "output": output} for (row, _), output in zip(read, outputs, strict=True)])
+    result = {"task": model.task, "rows": len(read), "output": str(out), "seconds": time.perf_counter() - started}
+    return result | ({"tokens": tokens} if model.task == "text-generation" else {})
+
+
+def generate_all(
+    model: Model, prompts: list[Prompt], config: GenerateConfig | None, advance: Callable[[float], None]
+) -> tuple[list[Any], int]:
+    """Return the answers and the number of their tokens."""
+    outputs, tokens = [], 0
+    for prompt in prompts:
+        answer = model.answer(prompt, config)
+        outputs.append(answer.text)
+        tokens += len(answer.tokens)
+        advance(1)
+    return outputs, tokens
+
+
+def classify_all(
+    model: Model, texts: list[Prompt], config: GenerateConfig | None, advance: Callable[[float], None]
+) -> tuple[list[Any], int]:
+    """Return for each text its labels with probabilities, the most probable first."""
+    outputs: list[Any] = []
+    for start in range(0, len(texts), CLASSIFIED_AT_ONCE):
+        part = [str(text) for text in texts[start : start + CLASSIFIED_AT_ONCE]]
+        outputs += [label_objects(labelled) for labelled in model.classify(part)]
+        advance(len(part))
+    return outputs, 0
+
+
+def read_rows(path: Path, wanted: tuple[str, ...], columns: Mapping[str, str]) -> list[tuple[dict[str, Any], Prompt]]:
+    """Return (row, prompt) for each line that is not blank; raises DataError listing every bad one."""
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    read: list[tuple[dict[str, Any], Prompt]] = []
+    problems = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            read.append((row, prompt_of(row, wanted, columns)))
+        except UnicodeDecodeError:
+            problems.append(f"line {number}: not UTF-8")
+        except json.JSONDecodeError as error:
+            problems.append(f"line {number}: not JSON: {error}")
+        except DataError as error:
+            problems.append(f"line {number}: {error.message}")
+    if problems:
+        raise DataError(f"{path}: {len(problems)} of {len(read) + len(problems)} rows cannot be run", problems)
+    if not read:
+        raise DataError(f"{path} has no rows")
+    return read
+
+
+def prompt_of(row: Any, wanted: tuple[str, ...], columns: Mapping[str, str]) -> Prompt:
+    """Return the prompt of a row. Raises DataError without a line number."""
+    if not isinstance(row, dict):
+        raise DataError(f"a {type(row).__name__}; a JSON object is wanted")
+    names = {name: columns.get(name, name) for name in wanted}
+    name = next((name for name in wanted if names[name] in row), None)
+    if name is None:
+        raise DataError(f"no {' or '.join(names.values())} among the keys {', '.join(map(str, row)) or '(none)'}")
+    value = row[names[name]]
+    if name == "messages":
+        return check_messages(value)
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f'"{names[name]}" is {"empty" if isinstance(value, str) else type(value).__name__}; a text is wanted')
+    return value
+
+
+def check_messages(value: Any) -> Prompt:
+    """Return chat messages up to the answer that is wanted: an answer at the end is left out."""
+    good = isinstance(value, list) and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value)
+    if not good or not value:
+        raise DataError('"messages" must be a list of {"role": …, "content": …}')
+    messages = value[:-1] if value[-1]["role"] == "assistant" else value
+    if not messages:
+        raise DataError('"messages" holds nothing but an answer')
+    return list(messages)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write JSONL atomically: the file is there whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("w", encoding="utf-8", newline="\n") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)

@@ -1,0 +1,131 @@
+"""A decoder with its KV cache: past and present of a layer are one buffer, bound once, written in place.
+
+Graph inputs: input_ids, attention_mask int64 [1, …]; past_key_values.N.key/value fp32 [1, kv_heads, past, head_dim];
+num_logits_to_keep int64 [] (optional). Outputs: logits fp32 [1, positions, vocabulary]; present.N.key/value.
+GroupQueryAttention takes the number of valid positions from attention_mask, so the buffers can be longer than what they
+hold, and lowering `length` rewinds. Source: the operator specification of com.microsoft.GroupQueryAttention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelora.errors import FolderError, UserError
+from edgelora.run.session import open_session
+
+SELECTOR = "num_logits_to_keep"
+FIRST_CAPACITY = 256  # positions; doubled when more are needed
+CHUNK = 512  # positions computed at once: bounds the activations of a long prompt
+SCORED_FLOATS = 4 << 20  # logits that `score` holds at once: 16 MB
+
+
+class DecoderSession:
+    """One sequence. Logits are views of a buffer that the next call overwrites."""
+
+    def __init__(self, model: Path, *, max_length: int, threads: int | None = None) -> None:
+        self.max_length = max_length
+        self.length = 0  # valid positions in the cache
+        self.session = open_session(model, threads=threads)
+        self.binding = self.session.io_binding()
+        inputs = {value.name: value for value in self.session.get_inputs()}
+        overridable = {value.name for value in self.session.get_overridable_initializers()}
+        outputs = {value.name: value for value in self.session.get_outputs()}
+        if missing := {"input_ids", "attention_mask"} - inputs.keys() | {"logits"} - outputs.keys():
+            raise FolderError(f"{model} is not a decoder: it lacks {', '.join(sorted(missing))}")
+        self.selects = SELECTOR in inputs or SELECTOR in overridable
+        self.vocab_size = int(outputs["logits"].shape[-1])
+        self.cache_shapes = {
+            name: (int(value.shape[1]), int(value.shape[3])) for name, value in inputs.items() if name.startswith("past_key")
+        }
+        self.cache: dict[str, NDArray[np.float32]] = {}
+        self.capacity = 0
+        self._num_logits = np.zeros((), np.int64)
+        self._ids = np.zeros((1, CHUNK), np.int64)
+        self._mask = np.zeros((1, 0), np.int64)
+        self._logits = np.empty((1, self.vocab_size), np.float32)
+        if self.selects:
+            self._bind_input(SELECTOR, self._num_logits, ())
+
+    def prefill(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Append tokens and return the logits `[vocabulary]` after the last of them.
+
+        Raises UserError where the sequence would be longer than the model's limit.
+        """
+        assert len(ids), "nothing to run"
+        self.reserve(self.length + len(ids))
+        step = CHUNK if self.selects else min(CHUNK, max(1, SCORED_FLOATS // self.vocab_size))
+        rows = self._logits
+        for start in range(0, len(ids), step):
+            rows = self._run(ids[start : start + step], 1)
+        return rows[-1]
+
+    def step(self, token: int) -> NDArray[np.float32]:
+        """Append one token and return the logits `[vocabulary]` after it."""
+        self.reserve(self.length + 1)
+        return self._run((token,), 1)[-1]
+
+    def score(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Append tokens and return the logits `[len(ids), vocabulary]` after each; at most `score_limit` tokens."""
+        assert 0 < len(ids) <= self.score_limit
+        self.reserve(self.length + len(ids))
+        return self._run(ids, len(ids))
+
+    @property
+    def score_limit(self) -> int:
+        """Tokens that `score` takes at once, so that logits never grow beyond 16 MB."""
+        return max(1, min(CHUNK, SCORED_FLOATS // self.vocab_size))
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first `length` positions."""
+        assert 0 <= length <= self.length, f"rewind to {length} of {self.length}"
+        self.length = length
+
+    def reserve(self, positions: int) -> None:
+        """Make room for `positions` positions in all; what is cached stays."""
+        if positions > self.max_length:
+            raise UserError(
+                f"the text has {positions} tokens; this bundle takes at most {self.max_length}",
+                hint="shorten the prompt, or export again with a larger --max-length",
+            )
+        if positions <= self.capacity:
+            return
+        capacity = max(FIRST_CAPACITY, self.capacity)
+        while capacity < positions:
+            capacity *= 2
+        self.capacity = min(capacity, self.max_length)
+        self._mask = np.ones((1, self.capacity), np.int64)
+        for name, (heads, dim) in self.cache_shapes.items():
+            # Pages that are not written yet cost no memory; buffers are replaced one at a time.
+            grown = np.empty((1, heads, self.capacity, dim), np.float32)
+            if name in self.cache:
+                grown[:, :, : self.length] = self.cache[name][:, :, : self.length]
+            self.cache[name] = grown
+            self._bind_input(name, grown, grown.shape)
+            self._bind_output(name.replace("past_key_values", "present"), grown, grown.shape)
+
+    def _run(self, ids: Sequence[int], num_logits: int) -> NDArray[np.float32]:
+        """Run `ids` at the end of the cache and return `[num_logits, vocabulary]` of the last positions."""
+        count = len(ids)
+        kept = num_logits if self.selects else count
+        if len(self._logits) < kept:
+            self._logits = np.empty((kept, self.vocab_size), np.float32)
+        self._ids[0, :count] = ids
+        self._num_logits[...] = kept
+        self._bind_input("input_ids", self._ids, (1, count))
+        self._bind_input("attention_mask", self._mask, (1, self.length + count))
+        self._bind_output("logits", self._logits, (1, kept, self.vocab_size))
+        self.session.run_with_iobinding(self.binding)
+        self.length += count
+        return self._logits[kept - num_logits : kept]
+
+    def _bind_input(self, name: str, array: NDArray[Any], shape: tuple[int, ...]) -> None:
+        """Bind the memory of `array`, or its beginning, by address: nothing is copied."""
+        self.binding.bind_input(name, "cpu", 0, array.dtype.type, list(shape), array.ctypes.data)
+
+    def _bind_output(self, name: str, array: NDArray[Any], shape: tuple[int, ...]) -> None:
+        self.binding.bind_output(name, "cpu", 0, array.dtype.type, list(shape), array.ctypes.data)

@@ -1,0 +1,164 @@
+"""Text from a decoder bundle: prompt to tokens, tokens one by one to text, stop strings and limits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelora.config import GenerateConfig
+from edgelora.errors import UserError
+from edgelora.run.decoder import DecoderSession
+from edgelora.run.sampling import Sampler
+from edgelora.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from edgelora.bundle import Bundle
+    from edgelora.run.model import Prompt
+
+
+class Generator:
+    """A decoder with its tokenizer. The cache outlives an answer: the next prompt computes only what differs."""
+
+    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
+        self.tokenizer = Tokenizer.from_folder(bundle.folder)
+        self.decoder = DecoderSession(bundle.model_path, max_length=bundle.max_length, threads=threads)
+        self.stop_token_ids = frozenset(bundle.eos_token_ids) | self.tokenizer.stop_token_ids
+        self.cached: list[int] = []  # the tokens that the cache holds, in order
+        self.writing: Answer | None = None  # whose tokens they are
+
+    def start(self, prompt: Prompt, config: GenerateConfig, *, tools: Sequence[Any] | None = None) -> Answer:
+        """Return the answer to a prompt, written while it is iterated over."""
+        ids = prompt_ids(self.tokenizer, prompt, config, tools)
+        if not ids:
+            raise UserError("the prompt is empty", hint='edgelora run BUNDLE "some text"')
+        return Answer(self, ids, config)
+
+    def feed(self, ids: list[int]) -> NDArray[np.float32]:
+        """Make the cache hold exactly `ids` and return the logits `[vocabulary]` after the last."""
+        keep = common_prefix(self.cached, ids[:-1])  # the last token always runs: its logits are wanted
+        self.decoder.reserve(len(ids))  # the limit is checked before anything is forgotten
+        self.decoder.rewind(keep)
+        self.cached = self.cached[:keep]
+        logits = self.decoder.prefill(ids[keep:])
+        self.cached += ids[keep:]
+        return logits
+
+    def step(self, token: int) -> NDArray[np.float32]:
+        """Append one token and return the logits `[vocabulary]` after it."""
+        logits = self.decoder.step(token)
+        self.cached.append(token)
+        return logits
+
+
+class Answer:
+    """One answer. Iterating yields pieces of text; afterwards `text`, `tokens`, `finish` and the times are there.
+
+    finish: "end" (the model ended), "stop" (a stop string), "length" (max_new_tokens), "context" (the bundle's limit).
+    """
+
+    def __init__(self, generator: Generator, prompt: list[int], config: GenerateConfig) -> None:
+        self.generator = generator
+        self.config = config
+        self.prompt = prompt
+        self.tokens: list[int] = []
+        self.text = ""
+        self.finish = ""
+        self.prefill_s = self.decode_s = 0.0
+        self.sampler = Sampler(config)
+        self.pieces = self._write()
+
+    def __iter__(self) -> Iterator[str]:
+        return self.pieces
+
+    def _write(self) -> Iterator[str]:
+        stream, held = self.generator.tokenizer.stream(), StopStrings(self.config.stop or ())
+        for token in self._tokens():
+            piece = held.push(stream.step(token))
+            self.text += piece
+            if piece:
+                yield piece
+            if held.found:
+                self.finish = "stop"
+                return
+        rest = held.rest()
+        self.text += rest
+        if rest:
+            yield rest
+
+    def _tokens(self) -> Iterator[int]:
+        """Yield the tokens of the answer, without the one that ends it."""
+        started = time.perf_counter()
+        self.generator.writing = self
+        logits = self.generator.feed(self.prompt)
+        self.prefill_s = time.perf_counter() - started
+        started = time.perf_counter()
+        limit = min(self.config.max_new_tokens, self.generator.decoder.max_length - len(self.prompt) + 1)
+        while True:
+            token = self.sampler.choose(logits, [*self.prompt, *self.tokens] if self.config.repetition_penalty != 1 else ())
+            self.decode_s = time.perf_counter() - started
+            if token in self.generator.stop_token_ids:
+                self.finish = "end"
+                return
+            self.tokens.append(token)
+            yield token
+            if len(self.tokens) >= limit:
+                self.finish = "length" if limit == self.config.max_new_tokens else "context"
+                return
+            logits = self._next(token)
+
+    def _next(self, token: int) -> NDArray[np.float32]:
+        if self.generator.writing is self:
+            return self.generator.step(token)
+        self.generator.writing = self  # another answer was begun meanwhile: compute what differs again
+        return self.generator.feed([*self.prompt, *self.tokens])
+
+
+class StopStrings:
+    """Holds back text that may be the beginning of a stop string, also across the borders of tokens."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.stops = tuple(stops)
+        self.held = ""
+        self.found = False
+
+    def push(self, text: str) -> str:
+        """Add text and return what may be shown; after a stop string, which is not shown, `found` is True."""
+        self.held += text
+        places = [place for stop in self.stops if (place := self.held.find(stop)) >= 0]
+        if places:
+            self.found = True
+            shown, self.held = self.held[: min(places)], ""
+            return shown
+        keep = max((overlap(self.held, stop) for stop in self.stops), default=0)
+        cut = len(self.held) - keep
+        shown, self.held = self.held[:cut], self.held[cut:]
+        return shown
+
+    def rest(self) -> str:
+        """Return what was held back when no more text comes."""
+        shown, self.held = self.held, ""
+        return shown
+
+
+def overlap(text: str, stop: str) -> int:
+    """Return the length of the longest end of `text` that is a beginning of `stop`, the whole of it excluded."""
+    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Return how many items from the start are equal."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: Prompt, config: GenerateConfig, tools: Sequence[Any] | None = None) -> list[int]:
+    """Return the tokens of a prompt as training had them: a user turn where there is a chat template, raw text elsewhere."""
+    if isinstance(prompt, str) and (config.raw or tokenizer.chat_template is None):
+        return tokenizer.encode_prompt((config.system or "") + prompt)
+    messages: list[Mapping[str, Any]] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    if config.system is not None and not any(message.get("role") == "system" for message in messages):
+        messages.insert(0, {"role": "system", "content": config.system})
+    return tokenizer.encode_chat(messages, tools=tools, add_generation_prompt=True)

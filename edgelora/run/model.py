@@ -1,0 +1,97 @@
+"""The Python API: a bundle, loaded and ready."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgelora.config import GenerateConfig, replace
+from edgelora.errors import SettingsError, UserError
+
+if TYPE_CHECKING:
+    from edgelora.bundle import Bundle
+    from edgelora.run.classify import Classifier
+    from edgelora.run.generate import Answer, Generator
+
+Prompt = str | Sequence[Mapping[str, Any]]  # a text, or chat messages {"role": …, "content": …}
+
+
+def load(bundle: str | Path, *, threads: int | None = None) -> Model:
+    """Open a bundle and its ONNX session on `threads` threads (default: the physical cores).
+
+    Raises FolderError where it is no bundle or a damaged one.
+    """
+    from edgelora.bundle import open_bundle
+
+    return Model(open_bundle(Path(bundle)), threads=threads)
+
+
+class Model:
+    """A loaded bundle. `generate` and `stream` for decoders, `classify` for classifiers."""
+
+    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
+        self.bundle = bundle
+        self.task = bundle.task
+        self.labels = bundle.labels
+        self._generator: Generator | None = None
+        self._classifier: Classifier | None = None
+        if self.task == "text-generation":
+            from edgelora.run.generate import Generator
+
+            self._generator = Generator(bundle, threads=threads)
+        elif self.task == "text-classification":
+            from edgelora.run.classify import Classifier
+
+            self._classifier = Classifier(bundle, threads=threads)
+        else:
+            raise UserError(
+                f'{bundle.folder} is for the task "{self.task}", which this EdgeLoRA cannot run',
+                hint="pip install --upgrade edgelora",
+            )
+
+    @property
+    def generator(self) -> Generator:
+        if self._generator is None:
+            raise UserError(f"{self.bundle.folder} is a {self.task} bundle: it classifies, it writes no text")
+        return self._generator
+
+    @property
+    def classifier(self) -> Classifier:
+        if self._classifier is None:
+            raise UserError(f"{self.bundle.folder} is a {self.task} bundle: it writes text, it has no labels")
+        return self._classifier
+
+    def generate(self, prompt: Prompt, config: GenerateConfig | None = None, **settings: Any) -> str:
+        """Return the answer to a prompt or chat; `settings` are the fields of GenerateConfig."""
+        return self.answer(prompt, config, **settings).text
+
+    def answer(self, prompt: Prompt, config: GenerateConfig | None = None, **settings: Any) -> Answer:
+        """Return the answer with its tokens and the reason why it ended."""
+        answer = self.start(prompt, config, **settings)
+        for _ in answer:
+            pass
+        return answer
+
+    def start(self, prompt: Prompt, config: GenerateConfig | None = None, **settings: Any) -> Answer:
+        """Return an answer that is written while it is iterated over, piece by piece."""
+        return self.generator.start(prompt, merge(config, settings))
+
+    def stream(self, prompt: Prompt, config: GenerateConfig | None = None, **settings: Any) -> Iterator[str]:
+        """Yield the answer in pieces of text as it is written."""
+        return iter(self.start(prompt, config, **settings))
+
+    def classify(self, texts: Sequence[str], *, batch_size: int = 16) -> list[list[tuple[str, float]]]:
+        """Return for each text all (label, probability), the most probable first."""
+        return self.classifier.classify(texts, batch_size=batch_size)
+
+
+def merge(config: GenerateConfig | None, settings: dict[str, Any]) -> GenerateConfig:
+    """Return `config` (default: the defaults) with `settings` in its place, everything checked."""
+    if isinstance(settings.get("stop"), str):
+        settings = {**settings, "stop": (settings["stop"],)}
+    checked = replace(GenerateConfig(), {**asdict(config or GenerateConfig()), **settings}, where="generation settings")
+    if "" in (checked.stop or ()):
+        raise SettingsError('generation settings: "stop" holds an empty string, which would end every answer before it begins')
+    return checked

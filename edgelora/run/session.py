@@ -1,0 +1,54 @@
+"""An ONNX Runtime session set up for a small device, and its failures as messages."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgelora.errors import FolderError, MachineError
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+
+def open_session(model: Path, *, threads: int | None = None) -> ort.InferenceSession:
+    """Return a CPU session of a .onnx file on `threads` threads (default: the physical cores).
+
+    Raises FolderError where the file is missing, damaged or not understood, MachineError where memory is short.
+    """
+    import onnxruntime as ort
+
+    if not model.is_file():
+        raise FolderError(f"{model} does not exist", hint="export the bundle again with --overwrite")
+    try:
+        return ort.InferenceSession(str(model), session_options(threads), providers=["CPUExecutionProvider"])
+    except MemoryError:
+        raise MachineError(f"not enough memory to load {model}", hint="close other programs") from None
+    except Exception as error:  # onnxruntime's classes derive from Exception alone, and differ between its releases
+        if "bad_alloc" in str(error) or "Failed to allocate memory" in str(error):
+            raise MachineError(f"not enough memory to load {model}", hint="close other programs") from None
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FolderError(f"{model} cannot be loaded: {reason}", hint="export the bundle again with --overwrite") from None
+
+
+def session_options(threads: int | None = None) -> ort.SessionOptions:
+    """Return the options of every session.
+
+    Sequential execution on one pool: a decoder is a chain. Memory patterns are for fixed shapes, and a prompt's length
+    changes. Initializers bypass the arena, which would round their memory up.
+    """
+    import onnxruntime as ort
+
+    from edgelora.hardware import physical_cores
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or min(physical_cores(), os.cpu_count() or 1)
+    options.inter_op_num_threads = 1
+    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.enable_mem_pattern = False
+    options.log_severity_level = 3  # errors; they come as exceptions too
+    options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
+    options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    return options
