@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelora.errors import MachineError
+from edgelora.tasks.base import Metrics
 
 
 def log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
