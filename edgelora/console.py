@@ -80,6 +80,16 @@ def table(title: str, rows: Sequence[Mapping[str, object]]) -> None:
     _console(_table_stream()).print(drawn)
 
 
+def facts(title: str, items: Mapping[str, object]) -> None:
+    """Write names and values in two columns under a title, where tables go; a value may have several lines."""
+    width = max((len(name) for name in items), default=0)
+    lines = [title] if title else []
+    for name, value in items.items():
+        first, *rest = show(value).splitlines() or [""]
+        lines += [f"  {name:<{width}}  {first}".rstrip(), *(f"  {'':<{width}}  {line}" for line in rest)]
+    print("\n".join(lines), file=_table_stream(), flush=True)
+
+
 def show(value: object) -> str:
     """Return a value as people read it: four significant digits, "–" for None, "yes"/"no"."""
     if value is None:
@@ -111,6 +121,11 @@ def show_bytes(count: float) -> str:
     if mb >= 10 * 1024:
         return f"{mb / 1024:.1f} GB"
     return f"{mb:,.0f} MB" if mb >= 10 else f"{mb:.2g} MB"
+
+
+def show_mb(mb: float) -> str:
+    """Return "570 MB" or "15.6 GB" of a number of MB."""
+    return show_bytes(mb * (1 << 20))
 
 
 def emit(result: Mapping[str, Any]) -> None:

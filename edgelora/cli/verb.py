@@ -16,7 +16,7 @@ FOLDER = click.Path(path_type=Path, file_okay=False)
 FILE = click.Path(path_type=Path, dir_okay=False)
 
 
-def verb(name: str) -> Callable[[Body], click.Command]:
+def verb(name: str, *, epilog: str | None = None) -> Callable[[Body], click.Command]:
     """Make a command of a function that shows its result to people and returns it as a dict for --json."""
 
     def decorate(body: Body) -> click.Command:
@@ -26,7 +26,7 @@ def verb(name: str) -> Callable[[Body], click.Command]:
             with console.only_json_on_stdout():
                 console.emit(body(**arguments))
 
-        command = click.command(name, context_settings={"max_content_width": 100})(run)
+        command = click.command(name, epilog=epilog, context_settings={"max_content_width": 100})(run)
         command.params += [
             click.Option(["--json", "json_output"], is_flag=True, help="One JSON object on stdout, nothing else."),
             click.Option(["--quiet", "-q"], is_flag=True, help="No progress and no notes."),

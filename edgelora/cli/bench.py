@@ -1,0 +1,29 @@
+"""`edgelora bench`: speed and memory of a bundle on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgelora import console
+from edgelora.cli.verb import FOLDER, verb
+
+
+@verb("bench")
+@click.argument("bundle", type=FOLDER)
+@click.option("--threads", type=click.IntRange(1), help="CPU threads. Default: the physical cores.")
+def bench(bundle: Path, **options: Any) -> dict[str, Any]:
+    """Measure load time, memory and speed of a bundle.
+
+    Decoders read a prompt of 256 tokens and write 128 after it.
+    """
+    from edgelora.bench import bench as measure
+
+    with console.progress("measuring"):
+        result = measure(bundle, **options)
+    console.facts(
+        f"{bundle}", {name.replace("_", " "): value for name, value in result.items() if not isinstance(value, dict | list)}
+    )
+    return result

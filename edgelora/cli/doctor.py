@@ -1,0 +1,39 @@
+"""`edgelora doctor`: what this machine can do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from edgelora import console
+from edgelora.cli.verb import verb
+
+
+@verb("doctor")
+def doctor() -> dict[str, Any]:
+    """Show what this machine can do, measured in 2 seconds.
+
+    Cores, instruction sets, memory and its limits, the speed of matrix products in each dtype, reading memory, and
+    what would slow EdgeLoRA down.
+    """
+    from edgelora.hardware import probe
+
+    with console.progress("measuring"):
+        found = probe()
+    rates = ", ".join(f"{name} {rate:,.0f}" for name, rate in found["gflops"].items())
+    limit = "" if found["memory_limit_mb"] == found["ram_mb"] else f", {console.show_mb(found['memory_limit_mb'])} allowed"
+    packages = [f"{name} {version}" for name, version in found["packages"].items() if version]
+    facts = {
+        "processor": f"{found['processor']} ({found['architecture']})",
+        "cores": f"{found['physical_cores']} physical, {found['logical_cores']} logical",
+        "instructions": " ".join(found["isa"]) or "none known",
+        "memory": f"{console.show_mb(found['ram_mb'])}{limit}, {console.show_mb(found['available_mb'])} free",
+        "matrix rate": f"{rates} GFLOP/s",
+        "fast dtypes": ", ".join(found["fast_dtypes"]),
+        "reads memory at": f"{found['read_gb_s']:.0f} GB/s",
+        "system": f"{found['system']}, Python {found['python']}",
+        "packages": ", ".join(packages),
+    }
+    console.facts("This machine", facts)
+    for warning in found["warnings"]:
+        console.warn(warning)
+    return found
