@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
 from edgelora import console
-from edgelora.cli.settings import build_config, setting_options
+from edgelora.cli.settings import COLUMNS, build_config, setting_options
 from edgelora.cli.verb import FILE, FOLDER, verb
 from edgelora.config import GenerateConfig
+from edgelora.errors import SettingsError
+
+FILES = "--input rows.jsonl --output answers.jsonl"
 
 
 @verb("run")
 @click.argument("bundle", type=FOLDER)
 @click.argument("inputs", nargs=-1)
-@click.option("--input", "input_file", type=FILE, help="JSONL file: one row per input, as `edgelora tasks` lists the columns.")
-@click.option("--output", "output_file", type=FILE, help="JSONL file to write; with --input.")
+@click.option("--input", "input_file", type=FILE, help="JSONL file of rows with messages, prompt or text.")
+@click.option("--output", "output_file", type=FILE, help="JSONL file to write: the rows of --input, each with its output.")
+@click.option("--columns", type=COLUMNS, metavar="OURS=THEIRS,…", help="Our column names to the data's: prompt=question.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads. Default: the physical cores.")
+@click.option("--overwrite", is_flag=True, help="Replace the file of --output.")
 @setting_options(GenerateConfig)
 def run(
     bundle: Path, inputs: tuple[str, ...], input_file: Path | None, output_file: Path | None, config_file: Path | None,
-    threads: int | None, **given: Any,
+    columns: dict[str, str] | None, threads: int | None, overwrite: bool, **given: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Use a bundle: one answer or label for each INPUT.
 
@@ -32,8 +38,16 @@ def run(
     edgelora run bundle "turn the kitchen light off"
     edgelora run bundle --input rows.jsonl --output answers.jsonl
     """
-    from edgelora.run.answer import answer
-    from edgelora.run.batch import answer_file
-
     config = build_config(GenerateConfig(), config_file, given)
-    return {}
+    if input_file is None and output_file is None:
+        from edgelora.run.answer import run as answer
+
+        texts = [sys.stdin.read().rstrip("\n") if text == "-" else text for text in inputs]
+        return answer(bundle, texts, config, threads=threads, write=lambda text: console.write(text, end=""))
+    if input_file is None or output_file is None or inputs:
+        raise SettingsError("a file of rows takes --input and --output and no INPUT", hint=f"edgelora run {bundle} {FILES}")
+    from edgelora.run.batch import run_file
+
+    result = run_file(bundle, input_file, output_file, config, columns=columns, threads=threads, overwrite=overwrite)
+    console.say(f"{output_file}: {result['rows']:,} rows in {console.show_time(result['seconds'])}")
+    return result
