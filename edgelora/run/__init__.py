@@ -6,5 +6,6 @@
     for piece in model.stream("tell me a story"): print(piece, end="")
     label, probability = classifier.classify(["where is my card?"])[0][0]
 
-session (onnxruntime) ← decoder (KV cache) ← sampling ← generate (text) | classify ← model (the Python API) ← answer, chat, batch (the verbs).
+session (onnxruntime) ← decoder (KV cache), sampling ← generate (text) | classify (labels) ← model (the Python API)
+← answer, chat, batch (the verbs) and predictor (for `evaluate`).
 """

@@ -13,7 +13,7 @@ from edgelora.run.model import Model, Prompt, load
 TOP = 3  # labels shown to people; JSON has all of them
 
 
-def run(
+def answer(
     bundle: Path,
     inputs: Sequence[str],
     config: GenerateConfig | None = None,
@@ -29,20 +29,20 @@ def run(
     if not inputs:
         raise UserError("no input was given", hint=f'edgelora run {bundle} "some text"')
     model = load(bundle, threads=threads)
-    outputs = [run_one(model, text, config, write) for text in inputs]
+    outputs = [answer_one(model, text, config, write) for text in inputs]
     return {"task": model.task, "output": outputs[0] if len(outputs) == 1 else outputs}
 
 
-def run_one(model: Model, prompt: Prompt, config: GenerateConfig | None, write: Callable[[str], None] | None) -> Any:
-    """Return the output of one input, as `run` describes."""
+def answer_one(model: Model, prompt: Prompt, config: GenerateConfig | None, write: Callable[[str], None] | None) -> Any:
+    """Return the output of one input, as `answer` describes."""
     if model.task == "text-generation":
-        answer = model.start(prompt, config)
-        for piece in answer:
+        written = model.start(prompt, config)
+        for piece in written:
             if write is not None:
                 write(piece)
         if write is not None:
-            write(note(answer.finish, model) + "\n")
-        return answer.text
+            write(note(written.finish, model) + "\n")
+        return written.text
     labelled = model.classify([str(prompt)])[0]
     if write is not None:
         write("  ".join(f"{label} {probability:.1%}" for label, probability in labelled[:TOP]) + "\n")

@@ -10,15 +10,18 @@ from typing import Any
 
 from edgelora import console
 from edgelora.config import GenerateConfig
+from edgelora.data.read import iterate_file
 from edgelora.errors import DataError, FolderError
 from edgelora.folder import disk_errors
 from edgelora.run.answer import label_objects
 from edgelora.run.model import Model, Prompt, load
+from edgelora.tasks.base import Row
+from edgelora.tasks.rows import parse_json_cells, text_problems
 
 CLASSIFIED_AT_ONCE = 256  # rows between two updates of the progress bar
 
 
-def run_file(
+def answer_file(
     bundle: Path,
     rows: Path,
     out: Path,
@@ -28,7 +31,7 @@ def run_file(
     threads: int | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Write `out` (JSONL, atomically): every row of `rows` (JSONL) with an `output` added.
+    """Write `out` (JSONL, atomically): every row of a data file with an `output` added.
 
     A row has `messages`, `prompt` or `text`; `columns` maps these names to the data's. Returns rows, seconds and, for
     decoders, tokens. Raises DataError listing every bad row by line before anything is computed.
@@ -72,47 +75,40 @@ def classify_all(
     return outputs, 0
 
 
-def read_rows(path: Path, wanted: tuple[str, ...], columns: Mapping[str, str]) -> list[tuple[dict[str, Any], Prompt]]:
-    """Return (row, prompt) for each line that is not blank; raises DataError listing every bad one."""
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
-    read: list[tuple[dict[str, Any], Prompt]] = []
-    problems = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+def read_rows(path: Path, wanted: tuple[str, ...], columns: Mapping[str, str]) -> list[tuple[Row, Prompt]]:
+    """Return (row, prompt) for each row of a data file; raises DataError listing every bad one by line."""
+    if not path.is_file():
+        raise DataError(f"{path} does not exist")
+    problems: list[str] = []
+
+    def report(line: int, problem: str) -> None:
+        problems.append(f"line {line}: {problem}")
+
+    read: list[tuple[Row, Prompt]] = []
+    for line, row in iterate_file(path, report):
         try:
-            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             read.append((row, prompt_of(row, wanted, columns)))
-        except UnicodeDecodeError:
-            problems.append(f"line {number}: not UTF-8")
-        except json.JSONDecodeError as error:
-            problems.append(f"line {number}: not JSON: {error}")
         except DataError as error:
-            problems.append(f"line {number}: {error.message}")
+            report(line, error.message)
     if problems:
-        raise DataError(f"{path}: {len(problems)} of {len(read) + len(problems)} rows cannot be run", problems)
+        raise DataError(f"{path} has rows that cannot be run:", problems)
     if not read:
         raise DataError(f"{path} has no rows")
     return read
 
 
-def prompt_of(row: Any, wanted: tuple[str, ...], columns: Mapping[str, str]) -> Prompt:
-    """Return the prompt of a row. Raises DataError without a line number."""
-    if not isinstance(row, dict):
-        raise DataError(f"a {type(row).__name__}; a JSON object is wanted")
+def prompt_of(row: Row, wanted: tuple[str, ...], columns: Mapping[str, str]) -> Prompt:
+    """Return the prompt of a row. Raises DataError that says what is wrong with it."""
     names = {name: columns.get(name, name) for name in wanted}
     name = next((name for name in wanted if names[name] in row), None)
     if name is None:
         raise DataError(f"no {' or '.join(names.values())} among the keys {', '.join(map(str, row)) or '(none)'}")
     value = row[names[name]]
     if name == "messages":
-        return check_messages(value)
-    if not isinstance(value, str) or not value.strip():
-        raise DataError(f'"{names[name]}" is {"empty" if isinstance(value, str) else type(value).__name__}; a text is wanted')
-    return value
+        return check_messages(parse_json_cells({name: value}, (name,))[name])
+    if problems := text_problems({names[name]: value}, (names[name],)):
+        raise DataError(problems[0])
+    return str(value)
 
 
 def check_messages(value: Any) -> Prompt:

@@ -7,13 +7,15 @@ fp32 [batch, labels].
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgelora.errors import FolderError
 from edgelora.run.session import open_session
+from edgelora.tasks.base import Example
+from edgelora.tasks.text_classification import TextClassification
 from edgelora.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -26,9 +28,11 @@ class Classifier:
     """An encoder with a classification head, its tokenizer and its labels."""
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
+        self.task = TextClassification()
         self.tokenizer = Tokenizer.from_folder(bundle.folder)
         self.labels = list(bundle.labels)
         self.max_length = bundle.max_length
+        self.pad_token_id = bundle.pad_token_id or self.tokenizer.pad_token_id or 0
         self.session = open_session(bundle.model_path, threads=threads)
         self.input_names = {value.name for value in self.session.get_inputs()}
         if unknown := self.input_names - {"input_ids", "attention_mask", "token_type_ids"}:
@@ -37,40 +41,27 @@ class Classifier:
         if isinstance(width, int) and width != len(self.labels):
             raise FolderError(f"{bundle.folder} lists {len(self.labels)} labels, but its model has {width} outputs")
 
-    def classify(self, texts: Sequence[str], *, batch_size: int = 16) -> list[Labelled]:
-        """Return for each text all labels with their probability; texts over the model's length are cut at the end."""
-        ids = [self.encode(text) for text in texts]
-        return [self._sorted(row) for row in softmax_rows(self.logits(ids, batch_size=batch_size))]
+    def classify(self, texts: Sequence[str | tuple[str, str]], *, batch_size: int = 16) -> list[Labelled]:
+        """Return for each text, or pair, all labels with their probability; what exceeds the model's length is cut."""
+        logits = self.logits([self.encode(text) for text in texts], batch_size=batch_size)
+        return [self.task.decode(row, self.labels) for row in logits]
 
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, with the encoder's special tokens, the last of which survives a cut."""
-        ids = self.tokenizer.encode(text, add_special_tokens=True)
-        return ids if len(ids) <= self.max_length else [*ids[: self.max_length - 1], ids[-1]]
+    def encode(self, text: str | tuple[str, str]) -> Example:
+        """Return a text or a pair as the model reads it; too long ones keep their last token, which closes them."""
+        row = {"text": text} if isinstance(text, str) else {"text": text[0], "text_pair": text[1]}
+        return self.task.truncate(self.task.encode(row, self.tokenizer, self.labels), self.max_length)
 
-    def logits(self, ids: Sequence[Sequence[int]], *, batch_size: int = 16) -> NDArray[np.float32]:
-        """Return logits `[n, labels]` of encoded texts. Texts of like length share a batch, so that little is padded."""
-        result = np.zeros((len(ids), len(self.labels)), np.float32)
-        order = sorted(range(len(ids)), key=lambda index: len(ids[index]))
+    def logits(self, examples: Sequence[Example], *, batch_size: int = 16) -> NDArray[np.float32]:
+        """Return logits `[n, labels]`. Texts of like length share a batch, so that little is padded."""
+        result = np.zeros((len(examples), len(self.labels)), np.float32)
+        order = sorted(range(len(examples)), key=lambda index: len(examples[index]))
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
-            result[rows] = self.session.run(["logits"], self._batch([ids[row] for row in rows]))[0]
+            result[rows] = self.session.run(["logits"], self._feeds([examples[row] for row in rows]))[0]
         return result
 
-    def _batch(self, ids: Sequence[Sequence[int]]) -> dict[str, NDArray[np.int64]]:
-        longest = max(len(row) for row in ids)
-        feeds = {name: np.zeros((len(ids), longest), np.int64) for name in self.input_names}
-        feeds["input_ids"][:] = self.tokenizer.pad_token_id or 0
-        for index, row in enumerate(ids):
-            feeds["input_ids"][index, : len(row)] = row
-            feeds["attention_mask"][index, : len(row)] = 1
-        return feeds
-
-    def _sorted(self, probabilities: NDArray[Any]) -> Labelled:
-        return [(self.labels[index], float(probabilities[index])) for index in np.argsort(-probabilities, kind="stable")]
-
-
-def softmax_rows(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Return probabilities `[n, labels]`."""
-    exponentials = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
-    probabilities: NDArray[np.float64] = exponentials / exponentials.sum(-1, keepdims=True)
-    return probabilities
+    def _feeds(self, examples: Sequence[Example]) -> dict[str, NDArray[np.int64]]:
+        batch = self.task.collate(examples, self.pad_token_id)
+        if "token_type_ids" in self.input_names and "token_type_ids" not in batch:
+            batch["token_type_ids"] = np.zeros_like(batch["input_ids"])
+        return {name: batch[name] for name in self.input_names}

@@ -62,12 +62,12 @@ class DecoderSession:
         rows = self._logits
         for start in range(0, len(ids), step):
             rows = self._run(ids[start : start + step], 1)
-        return rows[-1]
+        return last(rows)
 
     def step(self, token: int) -> NDArray[np.float32]:
         """Append one token and return the logits `[vocabulary]` after it."""
         self.reserve(self.length + 1)
-        return self._run((token,), 1)[-1]
+        return last(self._run((token,), 1))
 
     def score(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Append tokens and return the logits `[len(ids), vocabulary]` after each; at most `score_limit` tokens."""
@@ -129,3 +129,8 @@ class DecoderSession:
 
     def _bind_output(self, name: str, array: NDArray[Any], shape: tuple[int, ...]) -> None:
         self.binding.bind_output(name, "cpu", 0, array.dtype.type, list(shape), array.ctypes.data)
+
+
+def last(rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    row: NDArray[np.float32] = rows[-1]
+    return row

@@ -53,6 +53,11 @@ class Generator:
         self.cached.append(token)
         return logits
 
+    def forget(self) -> None:
+        """Empty the cache: someone else uses the decoder."""
+        self.decoder.rewind(0)
+        self.cached, self.writing = [], None
+
 
 class Answer:
     """One answer. Iterating yields pieces of text; afterwards `text`, `tokens`, `finish` and the times are there.
@@ -60,8 +65,12 @@ class Answer:
     finish: "end" (the model ended), "stop" (a stop string), "length" (max_new_tokens), "context" (the bundle's limit).
     """
 
-    def __init__(self, generator: Generator, prompt: list[int], config: GenerateConfig) -> None:
+    def __init__(
+        self, generator: Generator, prompt: list[int], config: GenerateConfig, *, stop: frozenset[int] | None = None
+    ) -> None:
+        """Prepare an answer to `prompt`, not empty. `stop` are the tokens that end it (default: the bundle's)."""
         self.generator = generator
+        self.stop_token_ids = generator.stop_token_ids if stop is None else stop
         self.config = config
         self.prompt = prompt
         self.tokens: list[int] = []
@@ -73,6 +82,12 @@ class Answer:
 
     def __iter__(self) -> Iterator[str]:
         return self.pieces
+
+    def finished(self) -> Answer:
+        """Write the answer to its end and return it."""
+        for _ in self:
+            pass
+        return self
 
     def _write(self) -> Iterator[str]:
         stream, held = self.generator.tokenizer.stream(), StopStrings(self.config.stop or ())
@@ -100,7 +115,7 @@ class Answer:
         while True:
             token = self.sampler.choose(logits, [*self.prompt, *self.tokens] if self.config.repetition_penalty != 1 else ())
             self.decode_s = time.perf_counter() - started
-            if token in self.generator.stop_token_ids:
+            if token in self.stop_token_ids:
                 self.finish = "end"
                 return
             self.tokens.append(token)

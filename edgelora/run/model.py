@@ -69,10 +69,7 @@ class Model:
 
     def answer(self, prompt: Prompt, config: GenerateConfig | None = None, **settings: Any) -> Answer:
         """Return the answer with its tokens and the reason why it ended."""
-        answer = self.start(prompt, config, **settings)
-        for _ in answer:
-            pass
-        return answer
+        return self.start(prompt, config, **settings).finished()
 
     def start(self, prompt: Prompt, config: GenerateConfig | None = None, **settings: Any) -> Answer:
         """Return an answer that is written while it is iterated over, piece by piece."""
@@ -82,8 +79,8 @@ class Model:
         """Yield the answer in pieces of text as it is written."""
         return iter(self.start(prompt, config, **settings))
 
-    def classify(self, texts: Sequence[str], *, batch_size: int = 16) -> list[list[tuple[str, float]]]:
-        """Return for each text all (label, probability), the most probable first."""
+    def classify(self, texts: Sequence[str | tuple[str, str]], *, batch_size: int = 16) -> list[list[tuple[str, float]]]:
+        """Return for each text, or pair of texts, all (label, probability), the most probable first."""
         return self.classifier.classify(texts, batch_size=batch_size)
 
 
