@@ -1,0 +1,192 @@
+"""The decoder that trains: one parametrized block, driven by a DecoderSpec. It imports no modelling code."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from edgelora.models.attention import Cache, Context, attend_cached, attend_packed, rotate
+from edgelora.models.elementwise import FrozenNorm, activate, gated
+from edgelora.models.head import Head
+from edgelora.models.linear import FrozenEmbedding, FrozenLinear
+from edgelora.models.spec import DecoderSpec
+
+
+class Block(nn.Module):
+    """One layer: attention and MLP, each with its norms and its residual. `linears` and `norms` are keyed by role."""
+
+    def __init__(self, spec: DecoderSpec, layer: int, linears: dict[str, nn.Module], norms: dict[str, nn.Module]) -> None:
+        super().__init__()
+        self.spec = spec
+        self.layer = layer
+        self.linears = nn.ModuleDict(linears)
+        self.norms = nn.ModuleDict(norms)
+
+    def forward(self, hidden_TH: Tensor, context: Context) -> Tensor:
+        attended = self._norm("attn_out", self._attention(self._norm("attn_in", hidden_TH), context))
+        hidden_TH = self._add(hidden_TH, attended)
+        return self._add(hidden_TH, self._norm("mlp_out", self._mlp(self._norm("mlp_in", hidden_TH))))
+
+    def _norm(self, role: str, x: Tensor) -> Tensor:
+        return self.norms[role](x) if role in self.norms else x
+
+    def _add(self, hidden_TH: Tensor, update_TH: Tensor) -> Tensor:
+        return torch.add(hidden_TH, update_TH, alpha=self.spec.residual_scale)
+
+    def _attention(self, x_TH: Tensor, context: Context) -> Tensor:
+        spec = self.spec
+        q, k, v = self._heads(x_TH)
+        rope = spec.ropes[self.layer]
+        if rope is not None:
+            q, k = (rotate(x, context.rotation(rope)) for x in (q, k))
+        how = {"scale": spec.attention_scale, "window": spec.windows[self.layer], "softcap": spec.attention_softcap}
+        cache = context.cache
+        if cache is not None and cache.started:
+            cache.append(self.layer, k, v)
+            attended = attend_cached(q, cache, self.layer, **how)
+        else:
+            if cache is not None:
+                cache.fill(self.layer, context.starts, k, v)
+            attended = attend_packed(q, k, v, context.starts, **how)
+        return self.linears["o"](attended.reshape(x_TH.shape[0], -1))
+
+    def _heads(self, x_TH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q `[T, heads, head_dim]`, k and v `[T, kv_heads, head_dim]`, normed where the family norms them."""
+        spec = self.spec
+        if "qkv" in self.linears:
+            sizes = [spec.num_heads * spec.head_dim, *2 * [spec.num_kv_heads * spec.head_dim]]
+            q, k, v = self.linears["qkv"](x_TH).split(sizes, -1)
+        else:
+            q, k, v = (self.linears[role](x_TH) for role in ("q", "k", "v"))
+        if spec.qk_norm == "full":
+            q, k = self._norm("q_norm", q), self._norm("k_norm", k)
+        q, k, v = (x.view(x.shape[0], -1, spec.head_dim) for x in (q, k, v))
+        if spec.qk_norm == "head":
+            q, k = self._norm("q_norm", q), self._norm("k_norm", k)
+        return q, k, v
+
+    def _mlp(self, x_TH: Tensor) -> Tensor:
+        kind = self.spec.activation
+        if "gate_up" in self.linears:
+            gate, up = self.linears["gate_up"](x_TH).chunk(2, -1)
+            inner = gated(gate, up, kind)
+        elif "gate" in self.linears:
+            inner = gated(self.linears["gate"](x_TH), self.linears["up"](x_TH), kind)
+        else:
+            inner = activate(self.linears["up"](x_TH), kind)
+        return self.linears["down"](inner)
+
+
+class Decoder(nn.Module):
+    """A causal language model over packed documents: no padding, positions and attention restart with each document."""
+
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        embed: FrozenEmbedding,
+        blocks: Sequence[Block],
+        final_norm: FrozenNorm,
+        head: FrozenEmbedding | FrozenLinear,
+        positions: FrozenEmbedding | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.embed = embed
+        self.positions = positions
+        self.blocks = nn.ModuleList(blocks)
+        self.final_norm = final_norm
+        self.head = Head(head.weight, spec.logits_scale, spec.logits_softcap)
+        self.gradient_checkpointing = False
+
+    def hidden(self, ids_T: Tensor, starts: Tensor) -> Tensor:
+        """Return the normed last hidden states `[T, H]` of packed documents.
+
+        ids_T: int64 `[T]`, all documents one after the other; starts: int64 `[D + 1]`, 0 first and T last.
+        """
+        bounds = [int(start) for start in starts]
+        lengths = torch.tensor([stop - start for start, stop in zip(bounds, bounds[1:], strict=False)])
+        positions = torch.arange(len(ids_T)) - torch.repeat_interleave(torch.tensor(bounds[:-1]), lengths)
+        return self._run(ids_T, Context(bounds, positions))
+
+    def _run(self, ids_T: Tensor, context: Context) -> Tensor:
+        hidden_TH = self.embed(ids_T)
+        if self.spec.embedding_scale != 1.0:
+            hidden_TH = hidden_TH * self.spec.embedding_scale
+        if self.positions is not None:
+            hidden_TH = hidden_TH + self.positions(context.positions)
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        for block in self.blocks:
+            if recompute:
+                hidden_TH = checkpoint(block, hidden_TH, context, use_reentrant=False)
+            else:
+                hidden_TH = block(hidden_TH, context)
+        return self.final_norm(hidden_TH)
+
+    def nll(self, hidden_SH: Tensor, targets_S: Tensor) -> Tensor:
+        """Return the summed negative log-likelihood of the targets int64 `[S]` after the hidden states `[S, H]`."""
+        return self.head.nll(hidden_SH, targets_S)
+
+    def logits(self, hidden_SH: Tensor) -> Tensor:
+        """Return `[S, V]`: for tests, never in training."""
+        return self.head.logits(hidden_SH)
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: frozenset[int]
+    ) -> list[list[int]]:
+        """Return the greedy continuation of each prompt, without the stop token.
+
+        All prompts run together, one new token of each per step; a finished one leaves the batch.
+        """
+        answers: list[list[int]] = [[] for _ in prompts]
+        if not prompts or max_new_tokens < 1:
+            return answers
+        starts = torch.tensor([0, *(len(prompt) for prompt in prompts)]).cumsum(0)
+        spec = self.spec
+        longest = max(len(prompt) for prompt in prompts)
+        cache = Cache(spec.num_layers, len(prompts), spec.num_kv_heads, longest + max_new_tokens, spec.head_dim)
+        hidden_BH = self._prefill(prompts, starts, cache)
+        rows = list(range(len(prompts)))
+        for step in range(max_new_tokens):
+            tokens = self.head.argmax(hidden_BH)
+            going = [i for i, token in enumerate(tokens.tolist()) if token not in stop]
+            for i in going:
+                answers[rows[i]].append(int(tokens[i]))
+            if not going or step + 1 == max_new_tokens:
+                break
+            if len(going) < len(rows):
+                rows = [rows[i] for i in going]
+                cache.keep(torch.tensor(going))
+                tokens = tokens[going]
+            hidden_BH = self._run(tokens, Context(range(len(rows) + 1), cache.lengths, cache=cache))
+            cache.lengths += 1
+        return answers
+
+    def _prefill(self, prompts: Sequence[Sequence[int]], starts: Tensor, cache: Cache) -> Tensor:
+        """Run the prompts into the cache and return the hidden state of each one's last token, `[B, H]`."""
+        ids = torch.tensor([token for prompt in prompts for token in prompt])
+        lengths = starts.diff()
+        positions = torch.arange(len(ids)) - torch.repeat_interleave(starts[:-1], lengths)
+        hidden_TH = self._run(ids, Context(starts.tolist(), positions, cache=cache))
+        cache.lengths += lengths
+        return hidden_TH[starts[1:] - 1]
+
+    def linears(self) -> dict[str, nn.Module]:
+        """Return the layers that adapters may go to, by checkpoint path in model order; the LM head is not among them."""
+        return {
+            self.spec.weight(role, layer): block.linears[role]
+            for layer, block in enumerate(self.blocks)
+            for role in self.spec.linear_roles
+        }
+
+    def replace_linear(self, path: str, module: nn.Module) -> None:
+        """Put `module` in the place of the layer at `path`; raises KeyError for a path that `linears` does not name."""
+        for layer, block in enumerate(self.blocks):
+            for role in self.spec.linear_roles:
+                if self.spec.weight(role, layer) == path:
+                    block.linears[role] = module
+                    return
+        raise KeyError(path)

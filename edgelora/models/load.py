@@ -1,0 +1,89 @@
+"""Build a model from a source: tensors are read one at a time and quantized as they arrive."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from edgelora.errors import ModelError
+from edgelora.models.decoder import Block, Decoder
+from edgelora.models.elementwise import FrozenNorm
+from edgelora.models.families import decoder_spec
+from edgelora.models.layout import decoder_shapes
+from edgelora.models.linear import FrozenEmbedding, FrozenLinear, FrozenWeight
+from edgelora.models.source import ModelSource
+from edgelora.models.spec import DecoderSpec
+
+if TYPE_CHECKING:
+    from edgelora.models.encoder import Encoder
+
+
+def load_model(
+    source: ModelSource, task: str, *, base_bits: int, block_size: int = 32, labels: Sequence[str] = ()
+) -> Decoder | Encoder:
+    """Return the model of a task with its frozen weights in `base_bits` (32, 16, 8, 4).
+
+    Raises ModelError for a model that the task has no use for, and for missing or misshapen tensors, all at once.
+    """
+    if task == "text-generation":
+        return load_decoder(source, base_bits=base_bits, block_size=block_size)
+    from edgelora.models.encoder import load_encoder
+
+    return load_encoder(source, base_bits=base_bits, block_size=block_size, labels=labels)
+
+
+def load_decoder(source: ModelSource, *, base_bits: int, block_size: int = 32) -> Decoder:
+    """Return the decoder of a source. The embedding and the LM head keep at least 8 bits: at 4 they cost most of the loss."""
+    spec = decoder_spec(source.config)
+    check_shapes(source, decoder_shapes(spec))
+
+    def table(role: str) -> FrozenEmbedding:
+        weight = source.read_linear(spec.weight(role))
+        return FrozenEmbedding(spec.weight(role), FrozenWeight.store(weight, max(base_bits, 8), block_size))
+
+    embed = table("embed")
+    blocks = [_block(source, spec, layer, base_bits, block_size) for layer in range(spec.num_layers)]
+    return Decoder(
+        spec,
+        embed,
+        blocks,
+        _norm(source, spec, "final_norm", None),
+        embed if spec.tied else table("head"),
+        table("positions") if spec.has("positions") else None,
+    )
+
+
+def _block(source: ModelSource, spec: DecoderSpec, layer: int, base_bits: int, block_size: int) -> Block:
+    linears: dict[str, torch.nn.Module] = {}
+    for role in spec.linear_roles:
+        path = spec.weight(role, layer)
+        weight = source.read_linear(path, transposed=spec.transposed)
+        bias = source.read(f"{path}.bias") if role in spec.biases else None
+        linears[role] = FrozenLinear.from_weight(path, weight, bias, base_bits, block_size)
+    norms: dict[str, torch.nn.Module] = {role: _norm(source, spec, role, layer) for role in spec.norm_roles}
+    return Block(spec, layer, linears, norms)
+
+
+def _norm(source: ModelSource, spec: DecoderSpec, role: str, layer: int | None) -> FrozenNorm:
+    path, norm = spec.weight(role, layer), spec.norm
+    weight = source.read(f"{path}.weight").float() + norm.offset
+    bias = source.read(f"{path}.bias").float().clone() if norm.kind == "layer" else None
+    return FrozenNorm(path, norm.kind, norm.eps, weight, bias)
+
+
+def check_shapes(source: ModelSource, wanted: dict[str, tuple[int, ...]]) -> None:
+    """Compare a source with the tensors that its config asks for. Raises ModelError that lists all that are not right."""
+    if source.merged is not None:
+        return
+    problems = []
+    names = set(source.names())
+    for name, shape in wanted.items():
+        if name not in names:
+            problems.append(f"{name}: missing")
+        elif source.shape(name) != shape:
+            problems.append(f"{name}: shape {list(source.shape(name))}, config.json asks for {list(shape)}")
+    if problems:
+        shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
+        raise ModelError("\n  ".join([f"{source.reference} does not hold the model of its config.json:", *shown]))
