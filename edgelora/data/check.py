@@ -1,0 +1,221 @@
+"""The first pass over rows: which task, which columns, what is wrong with each row, which rows validate."""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edgelora.data.files import Files, find_files
+from edgelora.data.read import iterate_file
+from edgelora.data.split import choose_valid, parse_share, row_hash
+from edgelora.errors import DataError, SettingsError, did_you_mean
+from edgelora.tasks import TASKS, get_task, guess_task
+from edgelora.tasks.base import Row, Task
+
+PEEK = 100
+
+
+class Problems:
+    """What is wrong, by file and line, in the order of the files."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[int, int, str, Path]] = []
+        self.order: dict[Path, int] = {}
+
+    def add(self, path: Path, line: int, text: str) -> None:
+        place = self.order.setdefault(path, len(self.order))
+        self.found.append((place, line, text, path))
+
+    def lines(self) -> list[str]:
+        return [f"{path.name}, line {line}: {text}" for _, line, text, path in sorted(self.found, key=lambda entry: entry[:3])]
+
+    def refuse(self, data: str) -> None:
+        """Raise DataError with every problem, if there is one."""
+        if not self.found:
+            return
+        lines = self.lines()
+        texts = " ".join(lines)
+        hint = None
+        if "over the limit" in texts:
+            hint = "--truncate cuts long rows, --max-length N allows longer ones"
+        elif " is missing" in texts:
+            hint = "--columns prompt=mr,completion=ref maps our names to the data's"
+        raise DataError(f"{data} has {len(lines)} problem{'s' if len(lines) > 1 else ''}:", lines, hint=hint)
+
+
+@dataclass
+class Scan:
+    """What the first pass found. `hashes` has one entry per row of a split, bad rows included, so that passes can be zipped."""
+
+    data: str
+    files: Files
+    task: Task
+    columns: Mapping[str, str]
+    found_columns: list[str]
+    problems: Problems = field(default_factory=Problems)
+    hashes: dict[str, array[int]] = field(default_factory=dict)
+    bad: dict[str, set[int]] = field(default_factory=dict)
+    """Indices of the rows of a split that have a problem of their own."""
+    labels: list[str] = field(default_factory=list)
+    label_counts: dict[str, Counter[str]] = field(default_factory=dict)
+    valid: set[int] = field(default_factory=set)
+    """Hashes of the rows of "train" that validate instead; empty where there is a file of validation rows."""
+
+    def rows(self, split: str) -> Iterator[tuple[Path, int, Row]]:
+        """Yield (file, line, normalized row) of every readable row of a split's files."""
+        for path in self.files[split]:
+
+            def report(line: int, text: str, path: Path = path) -> None:
+                if split not in self.hashes:  # the first pass reports, later ones read the same again
+                    self.problems.add(path, line, text)
+
+            for line, row in iterate_file(path, report):
+                yield path, line, self.task.normalize(map_columns(row, self.columns))
+
+
+def scan(data: str, *, task: str | None, columns: Mapping[str, str] | None, valid: str | None, split: bool = True) -> Scan:
+    """Read all rows once. Row problems are collected in `problems`; DataError is raised for what concerns the data as a whole.
+
+    With `split` false a single file is not divided.
+    """
+    share = parse_share(valid)
+    files = find_files(data)
+    if valid is not None and share is None:
+        files["valid"] = find_files(valid)["train"]
+    columns = columns or {}
+    found = peek_columns(files["train"][0], columns)
+    chosen = get_task(task) if task else guess_task(found)
+    check_columns(chosen, columns, found, data)
+    result = Scan(data, files, chosen, columns, found)
+    seen: dict[str, list[str | None]] = {}
+    for name in files:
+        seen[name] = scan_split(result, name)
+    if not len(result.hashes["train"]) and not result.problems.found:
+        raise DataError(f"{data} has no rows")
+    if split and "valid" not in files:
+        split_train(result, seen["train"], share)
+    if chosen.has_labels:
+        check_labels(result, seen)
+    return result
+
+
+def scan_split(result: Scan, split: str) -> list[str | None]:
+    """Check each row of a split and hash it; return the rows' labels."""
+    hashes, bad, labels = array("Q"), set(), []
+    for path, line, row in result.rows(split):
+        problems = result.task.problems(row) + encoding_problems(row)
+        for text in problems:
+            result.problems.add(path, line, text)
+        if problems:
+            bad.add(len(hashes))
+        hashes.append(row_hash(row))
+        labels.append(result.task.label(row) if not problems else None)
+    result.hashes[split], result.bad[split] = hashes, bad
+    return labels
+
+
+def split_train(result: Scan, labels: list[str | None], share: float | None) -> None:
+    good = [index for index in range(len(labels)) if index not in result.bad["train"]]
+    hashes = result.hashes["train"]
+    result.valid = choose_valid([hashes[i] for i in good], [labels[i] for i in good], share) if good else set()
+    if good and not result.valid and not result.problems.found:
+        raise DataError(f"{result.data} has no rows to spare for validation", hint="give another file with --valid FILE")
+
+
+def check_labels(result: Scan, seen: dict[str, list[str | None]]) -> None:
+    """Find the labels of training rows; report labels of other rows that are not among them, and labels of mixed types."""
+    train, valid = result.hashes["train"], result.valid
+    trained = [label for label, value in zip(seen["train"], train, strict=True) if label is not None and value not in valid]
+    result.labels = result.task.labels({"label": label} for label in set(trained))
+    counts = {"train": Counter(trained)}
+    if valid:
+        counts["valid"] = Counter(label for label, value in zip(seen["train"], train, strict=True) if label and value in valid)
+    counts |= {
+        name: Counter(label for label in labels if label is not None) for name, labels in seen.items() if name != "train"
+    }
+    result.label_counts = counts
+    if len(result.labels) == 1 and not result.problems.found:
+        raise DataError(f'every row of {result.data} has the label "{result.labels[0]}"; at least two are needed')
+    known = set(result.labels)
+    kinds: dict[str, tuple[Path, int]] = {}
+    for split in result.files:
+        for index, (path, line, row) in enumerate(result.rows(split)):
+            label = result.task.label(row)
+            if label is None or index in result.bad[split]:
+                continue
+            kinds.setdefault(type(row["label"]).__name__, (path, line))
+            if known and label not in known and (split != "train" or result.hashes[split][index] in valid):
+                close = did_you_mean(label, known)
+                result.problems.add(path, line, f'the label "{label}" does not occur in training.{close}')
+    if len(kinds) > 1:
+        names = {"str": "text", "int": "numbers", "bool": "true and false"}
+        for name, (path, line) in kinds.items():
+            result.problems.add(path, line, f"labels are of mixed types: {names.get(name, name)} here")
+
+
+def peek_columns(path: Path, columns: Mapping[str, str]) -> list[str]:
+    """Return the columns of the first rows, in our names. Raises DataError when nothing can be read."""
+    problems = Problems()
+    found: dict[str, None] = {}
+    rows = iterate_file(path, lambda line, text: problems.add(path, line, text))
+    for number, (_, row) in enumerate(rows, 1):
+        found |= dict.fromkeys(row)
+        if number == PEEK:
+            break
+    if not found:
+        problems.refuse(path.name)
+        raise DataError(f"{path.name} has no rows")
+    missing = [
+        f'"{theirs}" (for {ours}).{did_you_mean(theirs, found)}' for ours, theirs in columns.items() if theirs not in found
+    ]
+    if missing:
+        raise DataError(f"{path.name} has no column {', '.join(missing)} Columns: {', '.join(found)}")
+    return list(dict.fromkeys([*columns, *(name for name in found if name not in columns.values())]))
+
+
+def check_columns(task: Task, columns: Mapping[str, str], found: list[str], data: str) -> None:
+    """Refuse names that the task does not have, and data without its columns."""
+    known = [column.name for column in task.columns]
+    for ours in columns:
+        if ours not in known:
+            message = (
+                f'--columns: "{ours}" is not a column of {task.name}.{did_you_mean(ours, known)} Columns: {", ".join(known)}'
+            )
+            raise SettingsError(message, hint="--columns OURS=THEIRS")
+    if not task.matches(set(found)):
+        wanted = ", or ".join(" and ".join(shape) for shape in task.shapes)
+        raise DataError(
+            f"{task.name} wants the columns {wanted}; {data} has {', '.join(found)}",
+            hint=f"--columns {task.shapes[-1][-1]}={found[-1]} maps our names to the data's",
+        )
+    assert task.name in TASKS
+
+
+def map_columns(row: Row, columns: Mapping[str, str]) -> Row:
+    """Return the row under our names."""
+    if not columns:
+        return row
+    taken = set(columns.values())
+    return {name: value for name, value in row.items() if name not in taken} | {
+        ours: row[theirs] for ours, theirs in columns.items() if theirs in row
+    }
+
+
+def encoding_problems(value: Any, where: str = "") -> list[str]:
+    r"""Return the columns whose text is no Unicode: JSON can write half a character ("\ud83d"), which has no UTF-8 form."""
+    if isinstance(value, dict):
+        return [found for key, item in value.items() for found in encoding_problems(item, where or str(key))]
+    if isinstance(value, list):
+        return [found for item in value for found in encoding_problems(item, where)]
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            return [f'"{where}" holds half a character ({ascii(value[error.start])[1:-1]}): wrong encoding']
+        if "\0" in value:
+            return [f'"{where}" holds a NUL character']
+    return []

@@ -1,0 +1,209 @@
+"""Rows → stores, in a process of its own: tokenizing a large file leaves nothing behind in the process that trains.
+
+OUT/prepared.json            what `Prepared` holds
+OUT/{train,valid,test}/      stores of encoded rows (data/store.py)
+OUT/{valid,test}.jsonl       the same rows as text, for metrics on generated text
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import edgelora
+from edgelora import console, errors
+from edgelora.config import FinetuneConfig
+from edgelora.data.check import Scan, scan
+from edgelora.data.store import Store, StoreWriter
+from edgelora.errors import DataError, EdgeLoRAError, FolderError, MachineError
+from edgelora.folder import disk_errors, write_json
+from edgelora.tasks.base import Row
+from edgelora.tokenizer import Tokenizer
+
+PREPARED = "prepared.json"
+TEXTS = ("valid", "test")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    folder: Path
+    task: str
+    labels: list[str]
+    columns: list[str]
+    max_length: int
+    rows: dict[str, int]
+    """Rows by split: train, valid, and test where there is one."""
+    tokens: dict[str, int]
+    supervised: dict[str, int]
+    """Tokens that are targets (rows, for tasks with labels), by split."""
+    truncated: int
+    label_counts: dict[str, dict[str, int]]
+
+    @classmethod
+    def open(cls, folder: Path) -> Prepared:
+        """Read what `prepare` wrote. Raises FolderError where there is nothing usable."""
+        try:
+            return cls(folder=folder, **json.loads((folder / PREPARED).read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            raise FolderError(f"{folder} has no {PREPARED}") from None
+        except (ValueError, TypeError) as error:
+            raise FolderError(f"{folder / PREPARED} is damaged: {error}") from None
+
+    def store(self, split: str) -> Store:
+        return Store.open(self.folder / split)
+
+    def texts(self, split: str) -> list[Row]:
+        """Return the normalized rows of "valid" or "test", in the order of the store."""
+        with (self.folder / f"{split}.jsonl").open(encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
+
+
+def prepare(data: str, tokenizer_folder: Path, out: Path, config: FinetuneConfig, *, max_length: int) -> Prepared:
+    """Read, check, split and encode DATA into the folder `out`, in a child process.
+
+    Raises DataError with every problem, and whatever else the child raised, as if it had happened here.
+    """
+    request = {
+        "data": data,
+        "tokenizer": str(tokenizer_folder),
+        "out": str(out),
+        "config": dataclasses.asdict(config),
+        "max_length": max_length,
+        "json_output": console.json_output(),
+    }
+    package = str(Path(edgelora.__file__).parents[1])
+    path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+    child = subprocess.run(
+        # -P: a file of the user's named like one of our imports, in the current folder, must not be taken for it
+        [sys.executable, "-P", "-m", "edgelora.data.prepare"],
+        input=json.dumps(request).encode(),
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": path},
+        check=False,
+    )
+    try:
+        answer = json.loads(child.stdout)
+    except ValueError:
+        reason = "it was killed: not enough memory" if child.returncode in (-9, 137) else f"exit code {child.returncode}"
+        raise MachineError(f"preparing {data} failed: {reason}") from None
+    if "error" in answer:
+        raise revive(answer)
+    return Prepared.open(out)
+
+
+def revive(answer: dict[str, Any]) -> EdgeLoRAError:
+    """Return the error that a child wrote as JSON."""
+    kind = getattr(errors, answer["error"])
+    error: EdgeLoRAError = kind(answer["message"], hint=answer["hint"])
+    if isinstance(error, DataError):
+        error.problems = answer["problems"]
+    return error
+
+
+def main() -> int:
+    """The child: a request as JSON on stdin, the answer as JSON on stdout, progress on stderr."""
+    request = json.loads(sys.stdin.buffer.read())
+    console.configure(json_output=request["json_output"])
+    config = FinetuneConfig(**request["config"])
+    out = Path(request["out"])
+    try:
+        with disk_errors(out):
+            write_stores(request["data"], Path(request["tokenizer"]), out, config, request["max_length"])
+        answer: dict[str, Any] = {}
+    except EdgeLoRAError as error:
+        problems = error.problems if isinstance(error, DataError) else []
+        answer = {"error": type(error).__name__, "message": error.message, "hint": error.hint, "problems": problems}
+    print(json.dumps(answer), flush=True)
+    return 0
+
+
+def write_stores(data: str, tokenizer_folder: Path, out: Path, config: FinetuneConfig, max_length: int) -> None:
+    tokenizer = Tokenizer.from_folder(tokenizer_folder)
+    with console.progress("reading rows"):
+        found = scan(data, task=config.task, columns=config.columns, valid=config.valid)
+    out.mkdir(parents=True, exist_ok=True)
+    writer = Writer(found, tokenizer, out, max_length, truncate=config.truncate)
+    with writer, console.progress("tokenizing", sum(map(len, found.hashes.values()))) as bar:
+        for split in found.files:
+            for index, (path, line, row) in enumerate(found.rows(split)):
+                if index not in found.bad[split]:
+                    held_out = split == "train" and found.hashes[split][index] in found.valid
+                    writer.add("valid" if held_out else split, path, line, row)
+                bar.update(1)
+    found.problems.refuse(data)
+    if not writer.rows.get("train"):
+        raise DataError(f"{data} leaves no row to train on", hint="give validation rows with --valid FILE")
+    content = {
+        "task": found.task.name,
+        "labels": found.labels,
+        "columns": found.found_columns,
+        "max_length": max_length,
+        "rows": writer.rows,
+        "tokens": writer.tokens,
+        "supervised": writer.supervised,
+        "truncated": writer.truncated,
+        "label_counts": found.label_counts,
+    }
+    write_json(out / PREPARED, content)
+    if writer.truncated:
+        console.warn(f"{writer.truncated} rows were cut to {max_length} tokens")
+
+
+class Writer:
+    """Encodes rows into the stores of their splits; what is wrong with an encoded row joins the scan's problems."""
+
+    def __init__(self, found: Scan, tokenizer: Tokenizer, out: Path, max_length: int, *, truncate: bool) -> None:
+        self.found, self.tokenizer, self.out, self.max_length, self.truncate = found, tokenizer, out, max_length, truncate
+        self.stores: dict[str, StoreWriter] = {}
+        self.texts: dict[str, IO[str]] = {}
+        self.rows: dict[str, int] = {}
+        self.tokens: dict[str, int] = {}
+        self.supervised: dict[str, int] = {}
+        self.names: set[str] = set()
+        self.truncated = 0
+        self.stack = ExitStack()
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stack.close()
+
+    def add(self, split: str, path: Path, line: int, row: Row) -> None:
+        try:
+            example = self.found.task.encode(row, self.tokenizer, self.found.labels)
+        except DataError as error:
+            self.found.problems.add(path, line, error.message)
+            return
+        cut = self.found.task.truncate(example, self.max_length) if self.truncate else example
+        self.names = self.names or set(example.arrays)
+        problems = self.found.task.example_problems(cut, self.max_length)
+        if self.names != set(example.arrays):
+            problems.append("its columns are not those of the first row")
+        for text in problems:
+            self.found.problems.add(path, line, text)
+        if self.found.problems.found:
+            return
+        if split not in self.stores:
+            self.stores[split] = StoreWriter(self.out / split)
+            self.stack.callback(self.stores[split].close)
+            if split in TEXTS:
+                self.texts[split] = self.stack.enter_context((self.out / f"{split}.jsonl").open("w", encoding="utf-8"))
+        self.truncated += len(cut) < len(example)
+        self.stores[split].add(cut)
+        if split in TEXTS:
+            self.texts[split].write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+        targets = int(cut.arrays["supervised"].sum()) if "supervised" in cut.arrays else 1
+        for counts, amount in ((self.rows, 1), (self.tokens, len(cut)), (self.supervised, targets)):
+            counts[split] = counts.get(split, 0) + amount
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,231 @@
+"""Rows of one file, one after the other: JSON lines, JSON arrays, CSV, TSV and Parquet. What cannot be read is reported."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from edgelora.errors import DataError, MachineError
+from edgelora.tasks.base import Row
+
+Report = Callable[[int, str], None]
+"""Called with the line number and what is wrong there."""
+
+BOMS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+UTF8_BOM = b"\xef\xbb\xbf"
+
+
+def iterate_file(path: Path, report: Report) -> Iterator[tuple[int, Row]]:
+    """Yield (line number, row) of a file, by its suffix; Parquet rows count from 1. Raises DataError for a whole file."""
+    if path.suffix.lower() not in READERS:
+        raise DataError(f"{path.name} is not a data file; allowed: {', '.join(READERS)}")
+    return READERS[path.suffix.lower()](path, report)
+
+
+def text_lines(path: Path, report: Report) -> Iterator[tuple[int, str]]:
+    """Yield (number, line) of a UTF-8 file, without a byte order mark; a line that is not text is reported and comes empty."""
+    with path.open("rb") as file:
+        head = file.read(3)
+        if head[:2] in BOMS:
+            raise DataError(f"{path.name} is {BOMS[head[:2]]} text; UTF-8 is wanted", hint="save it as UTF-8")
+        file.seek(len(UTF8_BOM) if head == UTF8_BOM else 0)
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                report(number, f"not UTF-8: byte 0x{line[error.start]:02x} at position {error.start + 1}")
+                text = ""
+            else:
+                if "\0" in text:
+                    report(number, f"a NUL byte at position {line.index(0) + 1}")
+                    text = ""
+            yield number, text
+
+
+def read_jsonl(path: Path, report: Report) -> Iterator[tuple[int, Row]]:
+    broken: set[int] = set()
+    blank: list[int] = []
+
+    def noted(line: int, problem: str) -> None:
+        broken.add(line)
+        report(line, problem)
+
+    for number, line in text_lines(path, noted):
+        if not line.strip():
+            if number not in broken:
+                blank.append(number)
+            continue
+        for gap in blank:  # Blank lines at the end are harmless, so they count only when a row follows
+            report(gap, "an empty line")
+        blank.clear()
+        try:
+            value = parse_json(line)
+        except ValueError as error:
+            report(number, f"not JSON: {error}")
+            continue
+        if isinstance(value, dict):
+            yield number, value
+        else:
+            report(number, f"a JSON {type(value).__name__}; an object is wanted")
+
+
+def read_json(path: Path, report: Report) -> Iterator[tuple[int, Row]]:
+    """Read an array of objects; a file that does not begin with "[" holds JSON lines."""
+    with path.open("rb") as file:
+        if not file.read(1024).removeprefix(UTF8_BOM).lstrip().startswith(b"["):
+            yield from read_jsonl(path, report)
+            return
+    text = "".join(line for _, line in text_lines(path, report))
+    decoder = json.JSONDecoder(object_pairs_hook=unique_keys, parse_constant=refuse_constant)
+    position, line, counted = text.index("[") + 1, 1, 0
+    while True:
+        position = skip(text, position, " \t\r\n")
+        line, counted = line + text.count("\n", counted, position), position
+        if position < len(text) and text[position] == "]":
+            return
+        try:
+            value, position = decoder.raw_decode(text, position)
+        except (ValueError, RecursionError) as error:
+            report(line, f"not JSON: {reason(error)}")
+            return
+        if isinstance(value, dict):
+            yield line, value
+        else:
+            report(line, f"a JSON {type(value).__name__}; an object is wanted")
+        position = skip(text, position, " \t\r\n")
+        if text[position : position + 1] == ",":
+            position += 1
+        elif text[position : position + 1] != "]":
+            report(line, "not JSON: the array is not closed")
+            return
+
+
+def skip(text: str, position: int, characters: str) -> int:
+    while position < len(text) and text[position] in characters:
+        position += 1
+    return position
+
+
+def parse_json(line: str) -> Any:
+    """Return the value of one line. Raises ValueError with a short reason, for duplicate keys too."""
+    try:
+        return json.loads(line, object_pairs_hook=unique_keys, parse_constant=refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(reason(error)) from None
+
+
+def reason(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at column {error.colno}"
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        raise ValueError(f"the key {', '.join(map(json.dumps, twice))} occurs twice")
+    return found
+
+
+def refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON value")
+
+
+def read_csv(path: Path, report: Report, delimiter: str = ",") -> Iterator[tuple[int, Row]]:
+    """Read a file with a header line; every row must have as many cells."""
+    csv.field_size_limit(1 << 30)
+    broken: set[int] = set()
+
+    def noted(line: int, problem: str) -> None:
+        broken.add(line)
+        report(line, problem)
+
+    reader = csv.reader((line for _, line in text_lines(path, noted)), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    blank: list[int] = []
+    while True:
+        start = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            report(start, f"not CSV: {error}")
+            return
+        if header is None:
+            header = check_header(path, cells)
+        elif broken.intersection(range(start, reader.line_num + 1)):
+            continue
+        elif not cells:
+            blank.append(start)
+        elif len(cells) != len(header):
+            report(start, f"{len(cells)} cells; the header has {len(header)}")
+        else:
+            for gap in blank:
+                report(gap, "an empty line")
+            blank.clear()
+            yield start, dict(zip(header, cells, strict=True))
+
+
+def check_header(path: Path, header: list[str]) -> list[str]:
+    twice = sorted({name for name in header if header.count(name) > 1})
+    if twice:
+        raise DataError(f"{path.name}, line 1: the column {', '.join(map(json.dumps, twice))} occurs twice")
+    return header
+
+
+def read_tsv(path: Path, report: Report) -> Iterator[tuple[int, Row]]:
+    return read_csv(path, report, delimiter="\t")
+
+
+def read_parquet(path: Path, report: Report) -> Iterator[tuple[int, Row]]:
+    """Read row by row; class labels become their names, nulls inside nested values are left out."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise MachineError("Parquet files need pyarrow", hint='pip install "edgelora[train]"') from None
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = class_names(file.schema_arrow.metadata or {})
+            for batch in file.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield number, {key: label_name(names.get(key), without_nulls(value)) for key, value in row.items()}
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path.name} is not a readable Parquet file: {error}") from None
+
+
+def without_nulls(value: Any) -> Any:
+    """Parquet gives every object of a list all the keys of any; those that are null were not there."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None or key == "content"}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def class_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
+    """Return the label names that the datasets library keeps in a Parquet schema, by column."""
+    try:
+        features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+        return {key: list(value["names"]) for key, value in features.items() if isinstance(value, dict) and "names" in value}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise DataError(f"the Parquet file's own description is damaged: {error}") from None
+
+
+def label_name(names: list[str] | None, value: Any) -> Any:
+    return names[value] if names and isinstance(value, int) and 0 <= value < len(names) else value
+
+
+READERS: dict[str, Callable[[Path, Report], Iterator[tuple[int, Row]]]] = {
+    ".jsonl": read_jsonl,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".tsv": read_tsv,
+    ".parquet": read_parquet,
+}

@@ -1,0 +1,114 @@
+"""Encoded rows in a folder, mapped into memory: reading one touches its pages only.
+
+store.json   {"rows": N, "arrays": {name: {"dtype": "int32", "ragged": true}}}
+<name>.bin   the values of all rows, one after the other
+<name>.ends  int64 [N]: where each row's values end, for ragged arrays
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any, overload
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelora.errors import FolderError
+from edgelora.folder import write_json
+from edgelora.tasks.base import Example
+
+
+class StoreWriter:
+    """Appends examples to a new store; `close` makes it readable."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        self.folder = folder
+        self.arrays: dict[str, dict[str, Any]] = {}
+        self.files: dict[str, IO[bytes]] = {}
+        self.ends: dict[str, int] = {}
+        self.rows = 0
+
+    def add(self, example: Example) -> None:
+        """Append one example; its arrays have the names, types and ranks of the first one's."""
+        for name, array in example.arrays.items():
+            if self.rows == 0:
+                self.arrays[name] = {"dtype": array.dtype.name, "ragged": array.ndim == 1}
+                self.files[name] = (self.folder / f"{name}.bin").open("wb")
+                if array.ndim == 1:
+                    self.files[f"{name}.ends"] = (self.folder / f"{name}.ends").open("wb")
+            assert self.arrays[name]["dtype"] == array.dtype.name
+            self.files[name].write(array.tobytes())
+            if array.ndim == 1:
+                self.ends[name] = self.ends.get(name, 0) + len(array)
+                self.files[f"{name}.ends"].write(np.int64(self.ends[name]).tobytes())
+        assert example.arrays.keys() == self.arrays.keys()
+        self.rows += 1
+
+    def close(self) -> None:
+        for file in self.files.values():
+            file.close()
+        write_json(self.folder / "store.json", {"rows": self.rows, "arrays": self.arrays})
+
+
+class Store(Sequence[Example]):
+    """A store, opened for reading."""
+
+    def __init__(self, folder: Path, rows: int, values: dict[str, NDArray[Any]], ends: dict[str, NDArray[np.int64]]) -> None:
+        self.folder, self.rows, self.values, self.ends = folder, rows, values, ends
+
+    @classmethod
+    def open(cls, folder: Path) -> Store:
+        """Map a store. Raises FolderError where there is none or its files do not fit together."""
+        try:
+            description = json.loads((folder / "store.json").read_text(encoding="utf-8"))
+            rows, values, ends = int(description["rows"]), {}, {}
+            for name, array in description["arrays"].items():
+                values[name] = map_file(folder / f"{name}.bin", np.dtype(array["dtype"]))
+                if array["ragged"]:
+                    ends[name] = map_file(folder / f"{name}.ends", np.dtype(np.int64))
+                fits = (
+                    len(ends[name]) == rows and int(ends[name][-1]) == len(values[name])
+                    if array["ragged"]
+                    else len(values[name]) == rows
+                )
+                if not fits:
+                    raise FolderError(f"{folder} is damaged: {name} does not have the values of {rows} rows")
+        except FileNotFoundError as error:
+            raise FolderError(f"{folder} is not a store: {Path(error.filename).name} is missing") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise FolderError(f"{folder} is damaged: {error}") from None
+        return cls(folder, rows, values, ends)
+
+    def __len__(self) -> int:
+        return self.rows
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self.rows))]
+        if not -self.rows <= index < self.rows:
+            raise IndexError(f"row {index} of {self.rows}")
+        index = int(index) % self.rows
+        arrays: dict[str, NDArray[Any]] = {}
+        for name, values in self.values.items():
+            if name in self.ends:
+                start = int(self.ends[name][index - 1]) if index else 0
+                arrays[name] = values[start : int(self.ends[name][index])]
+            else:
+                arrays[name] = np.asarray(values[index])
+        return Example(arrays)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each row, int64 [N]."""
+        return np.diff(self.ends["ids"], prepend=0) if self.rows else np.zeros(0, dtype=np.int64)
+
+
+def map_file(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
+    return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)
