@@ -17,7 +17,7 @@ import torch
 
 from edgelora.errors import FolderError, SettingsError, did_you_mean
 from edgelora.folder import new_folder, read_manifest, refuse_existing, write_json, write_manifest
-from edgelora.models.layout import CLASSIFICATION, GENERATION, decoder_layout, encoder_layout, guess_task
+from edgelora.models.tensors import CLASSIFICATION, GENERATION, decoder_layout, encoder_layout, guess_task
 from edgelora.quant.bits import PRECISION_BITS, choose_bits
 from edgelora.quant.checkpoint import WEIGHTS, Layer, StreamedSafetensors
 from edgelora.quant.measure import relative_error, round_layer

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from edgelora.adapters.peft_format import AdapterFile, merged_weight
 from edgelora.errors import FolderError, ModelError
-from edgelora.models.layout import Layout
+from edgelora.models.tensors import Layout
 from edgelora.quant.grid import QuantizedTensor, dequantize
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Adapted:
-    """`layout` names what ships; `aliases` sends a name to the one that the source stores it under."""
+    """`layout` names what ships; `aliases` has the name in the source of each of these that it has."""
 
     source: ModelSource
     adapter: AdapterFile | None
@@ -32,7 +32,7 @@ class Adapted:
         """Fit the three together. Raises FolderError if the adapter names what the model does not have, ModelError if a
         tensor that must ship is neither in the model nor in the adapter."""
         available = set(source.names())
-        aliases = {name: stored for name in layout.names() if (stored := layout.stored_name(name, available))}
+        aliases = {name: name for name in layout.names() if name in available}
         if adapter is not None and layout.tied_head and changes(adapter, (layout.tied_head, layout.embeddings[0])):
             # PEFT trains the one and leaves the other as it was, so that they are not one tensor any more.
             aliases[f"{layout.tied_head}.weight"] = aliases[f"{layout.embeddings[0]}.weight"]
@@ -49,7 +49,7 @@ class Adapted:
         """Return the base weight [N, K] of a layer, and the adapted one in fp32, or None if no adapter changes it."""
         name = f"{path}.weight"
         saved = self.adapter.saved_modules.get(name) if self.adapter else None
-        if saved is not None and self.layout.transposed and path in self.layout.linears:
+        if saved is not None and self._turned(path):
             saved = saved.t()
         if saved is not None and name not in self.aliases:
             return saved, None
@@ -68,18 +68,22 @@ class Adapted:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor as it ships: [N, K] for every layer."""
+        turned = name.endswith(".weight") and self._turned(name.removesuffix(".weight"))
         if self.adapter is not None and name in self.adapter.saved_modules:
             shape = tuple(self.adapter.saved_modules[name].shape)
         else:
             shape = tuple(self.source.shape(self.aliases[name]))
-        turned = self.layout.transposed and name.removesuffix(".weight") in self.layout.linears
+            turned = turned and self.source.kind != "merged"
         return shape[::-1] if turned else shape
 
     def _base(self, path: str) -> Tensor:
-        weight = self.source.read_linear(self.aliases[f"{path}.weight"].removesuffix(".weight"))
-        if isinstance(weight, QuantizedTensor):
-            return dequantize(weight)
-        return weight.t() if self.layout.transposed and path in self.layout.linears else weight
+        stored = self.aliases[f"{path}.weight"].removesuffix(".weight")
+        weight = self.source.read_linear(stored, transposed=self._turned(path))
+        return dequantize(weight) if isinstance(weight, QuantizedTensor) else weight
+
+    def _turned(self, path: str) -> bool:
+        """Whether transformers' class, and so a checkpoint or an adapter of it, keeps this weight as [K, N]."""
+        return self.layout.transposed and path in self.layout.linears
 
 
 def changes(adapter: AdapterFile, paths: Iterable[str]) -> bool:
