@@ -13,7 +13,7 @@ from edgelora.run.model import Model, Prompt, load
 TOP = 3  # labels shown to people; JSON has all of them
 
 
-def answer(
+def run(
     bundle: Path,
     inputs: Sequence[str],
     config: GenerateConfig | None = None,
@@ -29,12 +29,12 @@ def answer(
     if not inputs:
         raise UserError("no input was given", hint=f'edgelora run {bundle} "some text"')
     model = load(bundle, threads=threads)
-    outputs = [answer_one(model, text, config, write) for text in inputs]
+    outputs = [run_one(model, text, config, write) for text in inputs]
     return {"task": model.task, "output": outputs[0] if len(outputs) == 1 else outputs}
 
 
-def answer_one(model: Model, prompt: Prompt, config: GenerateConfig | None, write: Callable[[str], None] | None) -> Any:
-    """Return the output of one input, as `answer` describes."""
+def run_one(model: Model, prompt: Prompt, config: GenerateConfig | None, write: Callable[[str], None] | None) -> Any:
+    """Return the output of one input, as `run` describes."""
     if model.task == "text-generation":
         written = model.start(prompt, config)
         for piece in written:

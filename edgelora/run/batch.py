@@ -21,7 +21,7 @@ from edgelora.tasks.rows import parse_json_cells, text_problems
 CLASSIFIED_AT_ONCE = 256  # rows between two updates of the progress bar
 
 
-def answer_file(
+def run_file(
     bundle: Path,
     rows: Path,
     out: Path,
