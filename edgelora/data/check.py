@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -77,17 +78,15 @@ class Scan:
                 yield path, line, self.task.normalize(map_columns(row, self.columns))
 
 
-def scan(data: str, *, task: str | None, columns: Mapping[str, str] | None, valid: str | None, split: bool = True) -> Scan:
-    """Read all rows once. Row problems are collected in `problems`; DataError is raised for what concerns the data as a whole.
-
-    With `split` false a single file is not divided.
-    """
+def scan(data: str, *, task: str | None, columns: Mapping[str, str] | None, valid: str | None) -> Scan:
+    """Read all rows once. Row problems are collected in `problems`; DataError is for what concerns the data as a whole."""
     share = parse_share(valid)
     files = find_files(data)
     if valid is not None and share is None:
         files["valid"] = find_files(valid)["train"]
     columns = columns or {}
     found = peek_columns(files["train"][0], columns)
+    check_names(columns, [get_task(task)] if task else [get_task(name) for name in TASKS])
     chosen = get_task(task) if task else guess_task(found)
     check_columns(chosen, columns, found, data)
     result = Scan(data, files, chosen, columns, found)
@@ -96,17 +95,17 @@ def scan(data: str, *, task: str | None, columns: Mapping[str, str] | None, vali
         seen[name] = scan_split(result, name)
     if not len(result.hashes["train"]) and not result.problems.found:
         raise DataError(f"{data} has no rows")
-    if split and "valid" not in files:
+    if "valid" not in files:
         split_train(result, seen["train"], share)
     if chosen.has_labels:
         check_labels(result, seen)
     return result
 
 
-def scan_split(result: Scan, split: str) -> list[str | None]:
-    """Check each row of a split and hash it; return the rows' labels."""
+def scan_split(result: Scan, split: str, limit: int | None = None) -> list[str | None]:
+    """Check each row of a split (or the first `limit` ones) and hash it; return the rows' labels."""
     hashes, bad, labels = array("Q"), set(), []
-    for path, line, row in result.rows(split):
+    for path, line, row in islice(result.rows(split), limit):
         problems = result.task.problems(row) + encoding_problems(row)
         for text in problems:
             result.problems.add(path, line, text)
@@ -178,21 +177,23 @@ def peek_columns(path: Path, columns: Mapping[str, str]) -> list[str]:
 
 
 def check_columns(task: Task, columns: Mapping[str, str], found: list[str], data: str) -> None:
-    """Refuse names that the task does not have, and data without its columns."""
-    known = [column.name for column in task.columns]
-    for ours in columns:
-        if ours not in known:
-            message = (
-                f'--columns: "{ours}" is not a column of {task.name}.{did_you_mean(ours, known)} Columns: {", ".join(known)}'
-            )
-            raise SettingsError(message, hint="--columns OURS=THEIRS")
+    """Refuse data without the task's columns, and names that the task does not have."""
+    check_names(columns, [task])
     if not task.matches(set(found)):
         wanted = ", or ".join(" and ".join(shape) for shape in task.shapes)
         raise DataError(
             f"{task.name} wants the columns {wanted}; {data} has {', '.join(found)}",
             hint=f"--columns {task.shapes[-1][-1]}={found[-1]} maps our names to the data's",
         )
-    assert task.name in TASKS
+
+
+def check_names(columns: Mapping[str, str], tasks: Sequence[Task]) -> None:
+    """Refuse names on our side of --columns that none of the tasks has."""
+    known = list(dict.fromkeys(column.name for task in tasks for column in task.columns))
+    for ours in columns:
+        if ours not in known:
+            message = f'--columns: "{ours}" is not one of our columns.{did_you_mean(ours, known)} Columns: {", ".join(known)}'
+            raise SettingsError(message, hint="--columns OURS=THEIRS,OURS=THEIRS")
 
 
 def map_columns(row: Row, columns: Mapping[str, str]) -> Row:

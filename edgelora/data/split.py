@@ -33,8 +33,9 @@ def parse_share(valid: str | None) -> float | None:
 def choose_valid(hashes: Sequence[int], labels: Sequence[str | None], share: float | None = None) -> set[int]:
     """Return the hashes of the validation rows: `share` of the rows (or a tenth, at most 500), at least one.
 
-    Identical rows go to one side together. Within a label the rows rank by hash, and those of all labels are taken by their rank's
-    quantile: each label gives its share, and a label with a single row keeps it in training. Empty when all rows are identical.
+    Identical rows go to one side together. Within a label the rows rank by hash, and those of all labels are taken by their
+    rank's quantile: each label gives its share, and a label with a single row keeps it in training. Empty when all rows are
+    identical.
     """
     counts = Counter(hashes)
     label_of = dict(zip(hashes, labels, strict=True))
