@@ -4,9 +4,9 @@
     python examples/generate.py            # every folder here that has a templates.toml
     python examples/generate.py --check    # exit code 1 if the committed rows are not what the templates give
 
-A template is a sentence with `{slots}` and `[one|of|these]`; `{minutes:long}` fills the argument `minutes` from the slot `long`.
-Each belongs to one split, so that no sentence of test.jsonl or valid.jsonl has the form of a training sentence: what is measured
-is understanding of new wording, not memory of old.
+A template is a sentence with `{slots}` and `[one|of|these]`; `{minutes:long}` fills the argument `minutes` from the slot
+`long`. Each belongs to one split, so that no sentence of test.jsonl or valid.jsonl has the form of a training sentence: what is
+measured is understanding of new wording, not memory of old.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ from typing import Any
 
 HERE = Path(__file__).parent
 SPLITS = ("train", "valid", "test")
-UNITS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
-).split()
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+UNITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen"]
+UNITS += ["fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]
+TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 
 
 def number_words(number: int) -> str:

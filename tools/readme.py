@@ -1,0 +1,160 @@
+"""Write the generated blocks of README.md: tasks, help, settings, and the figures that the quickstart measured.
+
+    python tools/readme.py                                       # rewrite the blocks
+    python tools/readme.py --check                               # exit code 1 where README.md is stale
+    python tools/readme.py --measured quickstart/report.json     # keep new figures in tools/readme_figures.json, then rewrite
+
+A block is everything between `<!-- generated: NAME -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+FIGURES = ROOT / "tools" / "readme_figures.json"
+BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def markdown_table(rows: list[dict[str, object]]) -> str:
+    """Return rows as a Markdown table; numbers are right-aligned."""
+    names = list(rows[0])
+    rules = ["---:" if all(isinstance(row[name], int | float) for row in rows) else "---" for name in names]
+    lines = [names, rules, *([str(row[name]).replace("|", "\\|") for name in names] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def figures() -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.is_file() else {}
+    return content
+
+
+def results() -> str:
+    """The quickstart's measured figures, with the machine that they were measured on."""
+    found = figures()
+    if not found:
+        return "Run `./tools/quickstart`: it ends with the figures of your machine."
+    rows: list[dict[str, object]] = [
+        {"": "training speed, real tokens/s", "measured": found["train_tokens_per_s"]},
+        {"": "training, peak RAM, MB", "measured": found["train_peak_mb"]},
+        {"": "int4 bundle, MB", "measured": found["bundle_mb"]},
+        {"": "prefill, 256 tokens, tokens/s", "measured": found["prefill_tokens_per_s"]},
+        {"": "decode, 128 tokens, tokens/s", "measured": found["decode_tokens_per_s"]},
+        {"": "load, s", "measured": found["load_s"]},
+        {"": "run, peak RAM, MB", "measured": found["run_peak_mb"]},
+    ]
+    head = f"SmolLM2-135M-Instruct, home commands → JSON calls, as `./tools/quickstart` measured it on {found['machine']}:"
+    return "\n\n".join([head, markdown_table(found["quality"]), markdown_table(rows)])
+
+
+def session() -> str:
+    """Prompts and answers, before and after, as the quickstart printed them."""
+    found = figures()
+    if not found:
+        return "The quickstart prints its session: each command, and three prompts with the answers before and after."
+    lines = []
+    for row in found["answers"]:
+        before = textwrap.shorten(row["before"], 110, placeholder=" …")
+        lines += [f'$ edgelora run quickstart/base "{row["prompt"]}"', before]
+        lines += [f'$ edgelora run quickstart/bundle "{row["prompt"]}"', row["after"], ""]
+    return "```console\n" + "\n".join(lines).rstrip() + "\n```"
+
+
+def tasks() -> str:
+    from edgelora.tasks import TASKS, get_task
+
+    rows: list[dict[str, object]] = []
+    for name in TASKS:
+        task = get_task(name)
+        columns = " or ".join(" + ".join(f"`{column}`" for column in shape) for shape in task.shapes)
+        rows.append({"task": f"`{name}`", "columns": columns, "metrics": ", ".join(task.metrics), "models": task.families})
+    return markdown_table(rows)
+
+
+def command_help(*path: str) -> str:
+    """Return what `edgelora [VERB] --help` prints, at a fixed width."""
+    import click
+
+    from edgelora.cli.main import cli
+
+    command: click.Command = cli.commands[path[0]] if path else cli
+    context = click.Context(command, info_name=" ".join(["edgelora", *path]), terminal_width=100, max_content_width=100)
+    return command.get_help(context)
+
+
+def help_text() -> str:
+    """`edgelora --help`, and every verb's help, folded."""
+    from edgelora.cli.main import cli
+
+    blocks = [f"```text\n{command_help()}\n```"]
+    for verb in cli.commands:
+        summary = f"<details><summary><code>edgelora {verb} --help</code></summary>"
+        blocks.append(f"{summary}\n\n```text\n{command_help(verb)}\n```\n\n</details>")
+    return "\n\n".join(blocks)
+
+
+def toml_value(value: object) -> str:
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {toml_value(inner)}" for key, inner in value.items()) + " }"
+    return json.dumps(value)
+
+
+# What the annotated TOML shows for settings whose default is "chosen for you".
+SHOWN = {
+    "task": "text-generation", "columns": {"prompt": "mr", "completion": "ref"}, "ram": "1GB", "alpha": 16.0,
+    "target_modules": "all-linear", "learning_rate": 0.001, "max_steps": 60, "max_length": 512, "base_bits": 8, "threads": 2,
+    "valid": "0.1", "micro_batch": 4, "gradient_checkpointing": True, "patience": 2,
+}  # fmt: skip
+
+
+def settings() -> str:
+    """Every setting of `finetune` as TOML, with its default and its help; those without a fixed default are commented out."""
+    from edgelora.config import FinetuneConfig
+
+    lines = []
+    for field in dataclasses.fields(FinetuneConfig):
+        shown = field.default if field.default is not None else SHOWN[field.name]
+        line = f"{'' if field.default is not None else '# '}{field.name} = {toml_value(shown)}"
+        choices = field.metadata["choices"]
+        allowed = f" One of {', '.join(map(str, choices))}." if choices else ""
+        lines.append(f"{line:<48}  # {field.metadata['help']}{allowed}")
+    return "```toml\n" + "\n".join(lines) + "\n```"
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "results": results, "session": session, "tasks": tasks, "help": help_text, "settings": settings,
+}  # fmt: skip
+
+
+def generate(text: str) -> str:
+    """Return README text with every generated block written anew."""
+    return BLOCK.sub(lambda match: f"{match[1]}{BLOCKS[match[2]]()}\n{match[3]}", text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compare instead of writing")
+    parser.add_argument("--measured", type=Path, help="the report that the quickstart wrote")
+    arguments = parser.parse_args()
+    if arguments.measured:
+        shutil.copyfile(arguments.measured, FIGURES)
+    before = README.read_text(encoding="utf-8")
+    after = generate(before)
+    if arguments.check and before != after:
+        sys.exit("README.md is stale; run: python tools/readme.py")
+    if before != after:
+        README.write_text(after, encoding="utf-8", newline="\n")
+
+
+if __name__ == "__main__":
+    main()
