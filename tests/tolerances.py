@@ -2,3 +2,9 @@
 
 # Logits of a tiny model whose adapter is merged here against PEFT's, which adds the branch: fp32 sums in another order.
 PEFT_LOGITS = {"rtol": 1e-4, "atol": 2e-5}
+
+# A weight with its adapter merged here in fp32 against PEFT's merge: the same product, summed in another order.
+MERGED_WEIGHT = {"rtol": 1e-5, "atol": 1e-6}
+
+# Logits and gradients of a tiny fp32 model against transformers': the same sums in another order, through two layers.
+LOGITS_FP32 = {"rtol": 1e-4, "atol": 2e-5}

@@ -1,0 +1,119 @@
+"""Tiny random models of every shape, saved as Hugging Face folders with a tiny byte-level tokenizer and a chat template."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+VOCAB = 288  # 256 bytes, the special tokens below, and some ids that no token has
+SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<pad>", "<unk>", "<s>", "</s>"]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+LLAMA_SHAPE: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 128, "vocab_size": VOCAB, "head_dim": 8,
+}  # fmt: skip
+BERT_SHAPE: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "max_position_embeddings": 66, "vocab_size": VOCAB, "type_vocab_size": 2,
+}  # fmt: skip
+SLIDING = ["sliding_attention", "full_attention"]
+LOCAL_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+# family → (configuration class, what differs from the shape above)
+DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {"rope_parameters": {"rope_type": "default", "rope_theta": 50000.0}}),
+    "llama3": ("LlamaConfig", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "rope_parameters": {
+        "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16}}),
+    "yarn": ("LlamaConfig", {"rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}}),
+    "mistral": ("MistralConfig", {"sliding_window": 5}),
+    "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
+    "qwen2_sliding": ("Qwen2Config", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}),
+    "qwen3": ("Qwen3Config", {"head_dim": 12}),
+    "gemma": ("GemmaConfig", {"head_dim": 16}),
+    "gemma2": ("Gemma2Config", {"sliding_window": 5, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0,
+                                "final_logit_softcapping": 1.5, "layer_types": SLIDING}),
+    "gemma3_text": ("Gemma3TextConfig", {"sliding_window": 5, "query_pre_attn_scalar": 24, "layer_types": SLIDING,
+        "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}, "sliding_attention": LOCAL_ROPE}}),
+    "phi3": ("Phi3Config", {"sliding_window": 6, "pad_token_id": 260, "head_dim": None}),
+    "phi3_longrope": ("Phi3Config", {"pad_token_id": 260, "head_dim": None, "original_max_position_embeddings": 64,
+        "partial_rotary_factor": 0.5,
+        "rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.1, 1.5], "long_factor": [2.0, 4.0],
+                            "original_max_position_embeddings": 64, "partial_rotary_factor": 0.5}}),
+    "smollm3": ("SmolLM3Config", {"no_rope_layers": [1, 0], "pad_token_id": 260, "head_dim": None}),
+    "olmo2": ("Olmo2Config", {"head_dim": None}),
+    "granite": ("GraniteConfig", {"head_dim": None, "embedding_multiplier": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.4,
+                                  "logits_scaling": 2.0}),
+    "gpt2": ("GPT2Config", {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 128, "vocab_size": VOCAB}),
+}  # fmt: skip
+ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("BertConfig", {}),
+    "roberta": ("RobertaConfig", {"pad_token_id": 260, "bos_token_id": 262, "eos_token_id": 263, "max_position_embeddings": 330}),
+    "distilbert": ("DistilBertConfig", {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4}),
+    "electra": ("ElectraConfig", {"embedding_size": 32}),
+    "mpnet": ("MPNetConfig", {"pad_token_id": 260, "max_position_embeddings": 330}),
+    "xlm-roberta": ("XLMRobertaConfig", {"pad_token_id": 260, "max_position_embeddings": 330}),
+    "deberta-v2": ("DebertaV2Config", {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "pooler_hidden_size": 32}),
+    "modernbert": ("ModernBertConfig", {"pad_token_id": 260, "bos_token_id": 262, "eos_token_id": 263, "cls_token_id": 262,
+                                        "sep_token_id": 263, "global_attn_every_n_layers": 2, "local_attention": 8}),
+}  # fmt: skip
+
+
+def save_decoder(folder: Path, family: str = "llama", *, seed: int = 0, **overrides: Any) -> Path:
+    """Save a random decoder of a family of DECODERS, every parameter of it random (norms and biases too)."""
+    import transformers
+
+    name, differs = DECODERS[family]
+    shape = {} if family == "gpt2" else LLAMA_SHAPE
+    special = {"bos_token_id": 262, "eos_token_id": 256, "pad_token_id": 260}
+    values = {key: value for key, value in {**shape, **special, **differs, **overrides}.items() if value is not None}
+    return _save(folder, "AutoModelForCausalLM", getattr(transformers, name)(**values), seed)
+
+
+def save_encoder(folder: Path, family: str = "bert", *, labels: int = 3, base_only: bool = False, seed: int = 0, **overrides: Any) -> Path:
+    """Save a random encoder of a family of ENCODERS: with a classification head, or its base alone as MiniLM is."""
+    import transformers
+
+    name, differs = ENCODERS[family]
+    shape = {"max_position_embeddings": 66, "vocab_size": VOCAB} if family == "distilbert" else BERT_SHAPE
+    config = getattr(transformers, name)(**{"pad_token_id": 260, **shape, **differs, "num_labels": labels, **overrides})
+    return _save(folder, "AutoModel" if base_only else "AutoModelForSequenceClassification", config, seed)
+
+
+def _save(folder: Path, auto_class: str, config: Any, seed: int) -> Path:
+    import torch
+    import transformers
+
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = getattr(transformers, auto_class).from_config(config)
+        for name, parameter in model.named_parameters():
+            torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name.lower() and name.endswith("weight") else 0.0, std=0.2)
+    model.save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def save_tokenizer(folder: Path, *, chat: bool = True) -> None:
+    """Write a byte-level tokenizer: one token for each byte, then SPECIAL from id 256 on."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"], "model_max_length": 128,
+        "bos_token": "<s>", "eos_token": "<|end|>", "pad_token": "<pad>", "unk_token": "<unk>",
+    }  # fmt: skip
+    if chat:
+        config["chat_template"] = CHAT_TEMPLATE
+        (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
