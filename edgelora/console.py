@@ -39,6 +39,11 @@ def json_output() -> bool:
     return _mode["json"]
 
 
+def quiet() -> bool:
+    """Whether progress and notes are off; a child process is told so too."""
+    return _mode["quiet"]
+
+
 def say(text: str) -> None:
     """Tell people what happens, on stderr; nothing with --quiet."""
     if not _mode["quiet"]:

@@ -76,7 +76,7 @@ def prepare(data: str, tokenizer_folder: Path, out: Path, config: FinetuneConfig
         "out": str(out),
         "config": dataclasses.asdict(config),
         "max_length": max_length,
-        "json_output": console.json_output(),
+        "console": {"json_output": console.json_output(), "quiet": console.quiet()},
     }
     package = str(Path(edgelora.__file__).parents[1])
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
@@ -110,7 +110,7 @@ def revive(answer: dict[str, Any]) -> EdgeLoRAError:
 def main() -> int:
     """The child: a request as JSON on stdin, the answer as JSON on stdout, progress on stderr."""
     request = json.loads(sys.stdin.buffer.read())
-    console.configure(json_output=request["json_output"])
+    console.configure(**request["console"])
     config = FinetuneConfig(**request["config"])
     out = Path(request["out"])
     try:
