@@ -109,7 +109,7 @@ def gather(run: Path | None, adapter: Path | None, model: str | None) -> Inputs:
     labels = list(manifest.get("labels") or [])
     if task == CLASSIFICATION:
         labels = check_labels(labels, num_labels(adapted), source.config)
-    facts = {key: manifest[key] for key in ("settings", "results") if key in manifest}
+    facts: dict[str, Any] = {key: manifest[key] for key in ("settings", "results") if key in manifest}
     return Inputs(adapted, task, labels, run or source.folder, facts)
 
 

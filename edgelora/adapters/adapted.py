@@ -39,6 +39,7 @@ class Adapted:
             layout = dataclasses.replace(layout, embeddings=(*layout.embeddings, layout.tied_head), tied_head=None)
         if adapter is not None:
             refuse_unknown(adapter, layout)
+            refuse_reshaped(adapter, source, aliases, layout)
         missing = [name for name in layout.names() if name not in aliases and not (adapter and name in adapter.saved_modules)]
         if missing:
             listed = "\n  ".join([f"{source.reference} has no", *missing[:10]])
@@ -51,14 +52,13 @@ class Adapted:
         saved = self.adapter.saved_modules.get(name) if self.adapter else None
         if saved is not None and self._turned(path):
             saved = saved.t()
-        if saved is not None and name not in self.aliases:
-            return saved, None
-        base = self._base(path)
-        if saved is not None:
-            return base, saved
-        if self.adapter is None or path not in self.adapter.factors:
-            return base, None
-        return base, merged_weight(self.adapter, path, base)
+        base = self._base(path) if name in self.aliases else None
+        start = base if saved is None else saved
+        assert start is not None, "build refuses a tensor that neither has"
+        if self.adapter is not None and path in self.adapter.factors:
+            # PEFT stores a targeted embedding's base beside its factors, since its vocabulary may have grown.
+            return start if base is None else base, merged_weight(self.adapter, path, start)
+        return start if base is None else base, saved
 
     def plain(self, name: str) -> Tensor:
         """Return a tensor that is not a layer on the grid, fp32."""
@@ -100,6 +100,16 @@ def refuse_unknown(adapter: AdapterFile, layout: Layout) -> None:
         raise FolderError(
             "\n  ".join(["the adapter changes what this model does not have:", *shown]), hint="name its own base with --model"
         )
+
+
+def refuse_reshaped(adapter: AdapterFile, source: ModelSource, aliases: dict[str, str], layout: Layout) -> None:
+    """Raise FolderError if the adapter replaces a tensor outside of the classification head by one of another shape."""
+    problems = []
+    for name, tensor in adapter.saved_modules.items():
+        if name in aliases and name.startswith(layout.prefix) and tuple(tensor.shape) != source.shape(aliases[name]):
+            problems.append(f"{name} is {list(tensor.shape)}, the model's is {list(source.shape(aliases[name]))}")
+    if problems:
+        raise FolderError("\n  ".join(["the adapter was made for tensors of other shapes:", *problems]))
 
 
 def num_labels(adapted: Adapted) -> int:

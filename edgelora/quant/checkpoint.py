@@ -83,7 +83,7 @@ class MergedCheckpoint:
         self.layers: dict[str, Layer] = manifest["layers"]
         self.task: str = manifest["task"]
         self.labels: list[str] = manifest["labels"]
-        self._file = safe_open(folder / WEIGHTS, framework="pt")
+        self._file: Any = safe_open(folder / WEIGHTS, framework="pt")
         self._stored: list[str] = list(self._file.keys())
 
     @classmethod
