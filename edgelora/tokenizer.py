@@ -191,6 +191,14 @@ class Tokenizer:
                 supervised[index] = True
         return ids, supervised
 
+    def encode_supervised(self, prompt: str, completion: str) -> tuple[list[int], list[bool]]:
+        """Return the ids of raw text with its BOS and EOS, and whether each belongs to the completion (EOS does)."""
+        text = prompt + completion
+        ids, supervised = self.encode_spans(text, [(len(prompt), len(text))])
+        bos = self.added_bos if ids[:1] != self.added_bos else []
+        eos = [self.eos_token_id] if self.eos_token_id is not None else []
+        return [*bos, *ids, *eos], [False] * len(bos) + supervised + [True] * len(eos)
+
     def _encode_pieces(self, text: str, spans: Sequence[Span]) -> tuple[list[int], list[bool]]:
         ids: list[int] = []
         supervised: list[bool] = []

@@ -68,13 +68,8 @@ class TextGeneration(Task):
         if messages is not None:
             ids, supervised = tokenizer.encode_chat_supervised(messages, row.get("tools"))
         else:
-            prompt = str(row.get("prompt", ""))
-            text = prompt + str(row["completion"] if "completion" in row else row["text"])
-            ids, supervised = tokenizer.encode_spans(text, [(len(prompt), len(text))])
-            bos = tokenizer.added_bos if ids[:1] != tokenizer.added_bos else []
-            end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-            ids = [*bos, *ids, *end]
-            supervised = [False] * len(bos) + supervised + [True] * len(end)
+            completion = row["completion"] if "completion" in row else row["text"]
+            ids, supervised = tokenizer.encode_supervised(row.get("prompt", ""), completion)
         mask = np.array(supervised, dtype=np.uint8)
         mask[:1] = 0
         length = int(mask.nonzero()[0][-1]) + 1 if mask.any() else len(mask)
@@ -96,9 +91,6 @@ class TextGeneration(Task):
             return tokenizer.encode_prompt(str(row["prompt"] if "prompt" in row else row["text"]))
         turns = messages[:-1] if messages[-1]["role"] == "assistant" else messages
         return tokenizer.encode_chat(turns, tools=row.get("tools"), add_generation_prompt=True)
-
-    def truncate(self, example: Example, max_length: int) -> Example:
-        return Example({name: array[:max_length] for name, array in example.arrays.items()})
 
     def example_problems(self, example: Example, max_length: int) -> list[str]:
         problems = super().example_problems(example, max_length)
