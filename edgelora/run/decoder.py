@@ -48,6 +48,7 @@ class DecoderSession:
         self._ids = np.zeros((1, CHUNK), np.int64)
         self._mask = np.zeros((1, 0), np.int64)
         self._logits = np.empty((1, self.vocab_size), np.float32)
+        self._bind_output("logits", self._logits, (1, 1, self.vocab_size))  # the first one bound is get_outputs()[0]
         if self.selects:
             self._bind_input(SELECTOR, self._num_logits, ())
 
@@ -112,16 +113,20 @@ class DecoderSession:
         """Run `ids` at the end of the cache and return `[num_logits, vocabulary]` of the last positions."""
         count = len(ids)
         kept = num_logits if self.selects else count
-        if len(self._logits) < kept:
-            self._logits = np.empty((kept, self.vocab_size), np.float32)
         self._ids[0, :count] = ids
         self._num_logits[...] = kept
         self._bind_input("input_ids", self._ids, (1, count))
         self._bind_input("attention_mask", self._mask, (1, self.length + count))
-        self._bind_output("logits", self._logits, (1, kept, self.vocab_size))
+        if kept == 1:
+            self._bind_output("logits", self._logits, (1, 1, self.vocab_size))
+        else:  # the declared shape is [1, 1, vocabulary]: memory of another size is refused, ONNX Runtime's own is not
+            self.binding.bind_output("logits", "cpu")
         self.session.run_with_iobinding(self.binding)
         self.length += count
-        return self._logits[kept - num_logits : kept]
+        if kept == 1:
+            return self._logits
+        rows: NDArray[np.float32] = self.binding.get_outputs()[0].numpy()[0]
+        return rows[kept - num_logits :]
 
     def _bind_input(self, name: str, array: NDArray[Any], shape: tuple[int, ...]) -> None:
         """Bind the memory of `array`, or its beginning, by address: nothing is copied."""
