@@ -1,0 +1,182 @@
+"""An encoder with a classification head: transformers' own class, its linear layers frozen and quantized as they arrive."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from edgelora.errors import ModelError
+from edgelora.models.linear import FrozenEmbedding, FrozenLinear, FrozenWeight
+from edgelora.models.source import ModelSource
+
+WORD_EMBEDDINGS = ("word_embeddings", "tok_embeddings", "embed_tokens")
+
+
+class Encoder(nn.Module):
+    """A sequence classifier. `network` is transformers' model; `head_names` are the modules outside of its base, trained
+    whole (PEFT's modules_to_save)."""
+
+    def __init__(self, network: Any, head_names: Sequence[str], pad_token_id: int) -> None:
+        super().__init__()
+        self.network = network
+        self.head_names = tuple(head_names)
+        self.pad_token_id = pad_token_id
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return dict(self.network.config.to_dict())
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        return any("forward" in layer.__dict__ for layer in self._layers())
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, wanted: bool) -> None:
+        """Recompute each layer in backward, also of the families for which transformers' own switch does nothing."""
+        for layer in self._layers():
+            layer.__dict__.pop("forward", None)
+            if wanted:
+                # non-reentrant: with frozen inputs the other form gives the adapters no gradient (peft #1142)
+                layer.__dict__["forward"] = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+
+    def _layers(self) -> list[nn.Module]:
+        """Return the repeated layers: the first list of modules that is as long as the config's number of layers."""
+        lists = [module for module in self.network.modules() if isinstance(module, nn.ModuleList)]
+        return list(next(layers for layers in lists if len(layers) == self.network.config.num_hidden_layers))
+
+    def logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return `[B, L]` for input_ids and attention_mask int64 `[B, S]`."""
+        logits: Tensor = self.network(input_ids=input_ids, attention_mask=attention_mask).logits
+        return logits
+
+    def linears(self) -> dict[str, nn.Module]:
+        """Return the layers of the base that adapters may go to, by checkpoint path, in the order of the modules."""
+        found: dict[str, nn.Module] = {}
+        for path, module in self.network.named_modules():
+            inside_adapter = any(path.startswith(f"{outer}.") for outer in found)
+            if not inside_adapter and (isinstance(module, FrozenLinear) or isinstance(getattr(module, "base", None), FrozenLinear)):
+                found[path] = module
+        return found
+
+    def replace_linear(self, path: str, module: nn.Module) -> None:
+        """Put `module` in the place of the layer at `path`; raises KeyError for a path that `linears` does not name."""
+        if path not in self.linears():
+            raise KeyError(path)
+        _replace(self.network, path, module)
+
+    def head_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the trained parameters outside of the adapters, by checkpoint name."""
+        heads = tuple(f"{name}." for name in self.head_names)
+        return {name: value for name, value in self.network.named_parameters() if name.startswith(heads)}
+
+
+def load_encoder(source: ModelSource, *, base_bits: int, block_size: int, labels: Sequence[str]) -> Encoder:
+    """Return the classifier of a source; its head is the checkpoint's when that has the same labels, else freshly drawn.
+
+    Fresh weights come from torch's random state: call torch.manual_seed before. Raises ModelError for a model type that
+    has no classifier, and for missing or misshapen tensors of the base, all at once.
+    """
+    network = build_network(source.config, labels)
+    prefix = f"{network.base_model_prefix}."
+    heads = head_modules(network)
+    known = list((source.config.get("id2label") or {}).values())
+    keep_head = not labels or known == list(labels)
+    _fill(network, source, base_bits, block_size, prefix, heads, keep_head=keep_head)
+    network.requires_grad_(False)
+    for name, parameter in network.named_parameters():
+        if name.startswith(tuple(f"{head}." for head in heads)):
+            parameter.requires_grad_(True)
+    return Encoder(network, heads, int(source.config.get("pad_token_id") or 0))
+
+
+def build_network(config: dict[str, Any], labels: Sequence[str] = ()) -> Any:
+    """Return transformers' classifier of a config.json: parameters on the meta device, buffers real."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    kind = str(config.get("model_type"))
+    values = {key: value for key, value in config.items() if key not in ("model_type", "num_labels")}
+    if labels:
+        values["id2label"] = dict(enumerate(labels))
+        values["label2id"] = {label: number for number, label in enumerate(labels)}
+    try:
+        settings = AutoConfig.for_model(kind, **values)
+        with parameters_on_meta():
+            return AutoModelForSequenceClassification.from_config(settings, dtype=torch.float32)
+    except ValueError as error:
+        raise ModelError(f'there is no sequence classifier for the model type "{kind}": {str(error).splitlines()[0]}') from None
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Let every parameter that a module registers be without memory; buffers are computed as always."""
+
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta:
+            return parameter
+        return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+    handle = torch.nn.modules.module.register_module_parameter_registration_hook(to_meta)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def head_modules(network: Any) -> list[str]:
+    """Return the names of the modules beside the base that have parameters, in order: classifier, pre_classifier …"""
+    children = network.named_children()
+    return [name for name, child in children if name != network.base_model_prefix and any(True for _ in child.parameters())]
+
+
+def _fill(
+    network: Any, source: ModelSource, bits: int, block_size: int, prefix: str, heads: list[str], *, keep_head: bool
+) -> None:
+    """Give every parameter its tensor, layer by layer; a base without its pooler gets a fresh, trained one."""
+    names = set(source.names())
+    problems = []
+    for path, module in list(network.named_modules()):
+        own = dict(module.named_parameters(prefix=path, recurse=False))
+        in_head = not path.startswith(prefix)
+        missing = [name for name in own if name not in names]
+        wrong = [name for name in own if name in names and source.shape(name) != tuple(own[name].shape)]
+        if in_head and (missing or wrong or not keep_head):
+            _draw(module, network.config)
+        elif missing and ".pooler." in path:
+            _draw(module, network.config)
+            heads.append(path.rsplit(".pooler.", 1)[0] + ".pooler")
+        elif missing or wrong:
+            problems += [f"{name}: missing" for name in missing]
+            problems += [f"{name}: shape {list(source.shape(name))}, config.json asks for {list(own[name].shape)}" for name in wrong]
+        elif isinstance(module, nn.Linear) and not in_head:
+            bias = source.read(f"{path}.bias") if module.bias is not None else None
+            _replace(network, path, FrozenLinear.from_weight(path, source.read_linear(path), bias, bits, block_size))
+        elif isinstance(module, nn.Embedding) and path.endswith(WORD_EMBEDDINGS) and bits < 32:
+            weight = FrozenWeight.store(source.read_linear(path), max(bits, 8), block_size)
+            _replace(network, path, FrozenEmbedding(path, weight))
+        else:
+            for name in own:
+                setattr(module, name.removeprefix(f"{path}."), nn.Parameter(source.read(name).float().clone()))
+    if problems:
+        shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
+        raise ModelError("\n  ".join([f"{source.reference} does not hold the model of its config.json:", *shown]))
+
+
+def _draw(module: nn.Module, config: Any) -> None:
+    """Fill a module's own parameters as transformers does: weights normal with `initializer_range`, norms one, biases zero."""
+    is_norm = "norm" in type(module).__name__.lower()
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        values = torch.zeros(parameter.shape)
+        if name == "weight":
+            values = torch.ones(parameter.shape) if is_norm else values.normal_(std=getattr(config, "initializer_range", 0.02))
+        setattr(module, name, nn.Parameter(values))
+
+
+def _replace(network: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(network.get_submodule(parent), name, module)
