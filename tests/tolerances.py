@@ -8,3 +8,12 @@ MERGED_WEIGHT = {"rtol": 1e-5, "atol": 1e-6}
 
 # Logits and gradients of a tiny fp32 model against transformers': the same sums in another order, through two layers.
 LOGITS_FP32 = {"rtol": 1e-4, "atol": 2e-5}
+
+# Logits of a tiny fp32 bundle against transformers (numpy.testing): the same products in other kernels, cached or not.
+ONNX_FP32_LOGITS = {"rtol": 1e-4, "atol": 5e-5}
+
+# Summed loss of a tiny fp32 bundle, relative: float64 sums over logits as above.
+ONNX_FP32_LOSS = 1e-5
+
+# Metrics against the same numbers by hand, in float64 from float32 logits. Keyword arguments of pytest.approx.
+METRIC = {"rel": 1e-6}

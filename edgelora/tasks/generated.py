@@ -27,8 +27,17 @@ def score_texts(outputs: Sequence[str], references: Sequence[str]) -> dict[str, 
         "contains": share([reference in output for output, reference in pairs]),
     }
     parsed = [(parse(output), parse(reference)) for output, reference in pairs]
-    structured = [output == reference for output, reference in parsed if isinstance(reference, dict | list)]
+    structured = [same_json(output, reference) for output, reference in parsed if isinstance(reference, dict | list)]
     return metrics | ({"json_equal": share(structured)} if structured else {})
+
+
+def same_json(left: Any, right: Any) -> bool:
+    """Compare JSON values: numbers by value (1 is 1.0), but true is not 1, as it is in Python."""
+    if isinstance(left, dict) and isinstance(right, dict):
+        return left.keys() == right.keys() and all(same_json(left[key], right[key]) for key in left)
+    if isinstance(left, list) and isinstance(right, list):
+        return len(left) == len(right) and all(map(same_json, left, right))
+    return isinstance(left, bool) == isinstance(right, bool) and bool(left == right)
 
 
 def share(hits: Sequence[bool]) -> float:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from edgelora.tasks.base import Column, Example, Metrics, Predictor, Row, Task
 from edgelora.tasks.generated import last_run, perplexity, score_texts
-from edgelora.tasks.rows import message_problems, parse_json_cells, text_problems
+from edgelora.tasks.rows import kind, message_problems, parse_json_cells, text_problems
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +53,7 @@ class TextGeneration(Task):
         if "messages" in row:
             found = message_problems(row["messages"])
             if "tools" in row and not isinstance(row["tools"], list):
-                found.append(f'"tools" is a {type(row["tools"]).__name__}; a list of JSON schemas is wanted')
+                found.append(f'"tools" is a {kind(row["tools"])}; a list of JSON schemas is wanted')
             return found
         if "prompt" in row or "completion" in row:
             return text_problems(row, ("prompt", "completion"))
