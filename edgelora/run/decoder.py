@@ -42,6 +42,8 @@ class DecoderSession:
         self.cache_shapes = {
             name: (int(value.shape[1]), int(value.shape[3])) for name, value in inputs.items() if name.startswith("past_key")
         }
+        if not self.cache_shapes:
+            raise FolderError(f"{model} is not a decoder: it has no cache of keys and values")
         self.cache: dict[str, NDArray[np.float32]] = {}
         self.capacity = 0
         self._num_logits = np.zeros((), np.int64)
