@@ -1,4 +1,4 @@
-"""The bundle: one folder that `edgelora run`, onnxruntime-genai, optimum and transformers.js load. Neither torch nor onnx is needed.
+"""The bundle: one folder for `edgelora run`, onnxruntime-genai, optimum and transformers.js. Opening it needs no torch or onnx.
 
     config.json  generation_config.json  tokenizer.json  tokenizer_config.json  chat_template.jinja  genai_config.json
     edgelora.json  onnx/model_q4.onnx  onnx/model_q4.onnx_data
@@ -8,6 +8,9 @@ Logits of a decoder: the graph has an overridable initializer `num_logits_to_kee
 
     not fed (1)   logits [batch, 1, vocabulary]: of each row's last real token, also where a batch is padded on the right
     fed with k    of the last k tokens; with 0, of every token [batch, sequence, vocabulary] (loss, speculation)
+
+The declared shape is [batch, 1, vocabulary], from which onnxruntime-genai knows that prompts give one row. Without I/O binding,
+or with an output bound without memory, onnxruntime gives as many rows as were asked for; bound memory must be for one row.
 
 onnxruntime warns at load that an initializer is among the inputs; that is how it is overridden: set log_severity_level 3.
 `total_sequence_length` (the attention mask's length) is what has been fed so far plus what is fed now; with a shared cache
@@ -29,7 +32,7 @@ SELECTOR = "num_logits_to_keep"
 
 @dataclass(frozen=True)
 class DecoderFigures:
-    """What running a decoder needs to know: the cache is `num_layers` × (key, value) fp32 [batch, kv_heads, length, head_dim]."""
+    """The cache is `num_layers` × (key, value) fp32 [batch, kv_heads, length, head_dim]."""
 
     num_layers: int
     num_kv_heads: int

@@ -5,7 +5,8 @@ inputs   input_ids int64 [batch, sequence]
          past_key_values.N.key / .value fp32 [batch, kv_heads, past, head_dim]     past may be 0, or a shared buffer
          num_logits_to_keep int64 []                     an initializer that may be overridden: 1 gives the logits of each
                                                          row's last real token (default), k of the last k, 0 of every token
-outputs  logits fp32 [batch, num_logits, vocabulary], present.N.key / .value
+outputs  logits fp32 [batch, num_logits, vocabulary], present.N.key / .value. The declared length is 1, the default's:
+         onnxruntime-genai takes it from there, and onnxruntime lets a run give more.
 
 Every layer is: [norm] → attention → [norm] → residual → [norm] → MLP → [norm] → residual. The sum and the norm after it are
 one node, q, k and v (gate and up) one product, and the last block computes only the rows whose logits are asked for.
@@ -13,7 +14,6 @@ one node, q, k and v (gate and up) one product, and the last block computes only
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +23,7 @@ import onnx_ir as ir
 
 from edgelora.errors import ModelError
 from edgelora.export.graph import MICROSOFT, Array, GraphBuilder
+from edgelora.export.lengths import Lengths, new_positions, selected_rows
 from edgelora.export.linear import LinearLayers, Weights
 from edgelora.models.rope import Rope
 from edgelora.models.spec import DecoderSpec
@@ -36,17 +37,6 @@ class DecoderGraph:
 
     model: ir.Model
     nodes: dict[str, dict[str, Any]]
-
-
-@dataclass
-class Shared:
-    """Values that every layer reads."""
-
-    sequence_length: ir.Value  # int64 []
-    total_length: ir.Value  # int64 []
-    seqlens_k: ir.Value  # int32 [batch]: real tokens so far, less one
-    total_length_32: ir.Value  # int32 []
-    mask: ir.Value
 
 
 @dataclass
@@ -71,17 +61,17 @@ class DecoderBuilder:
         mask = g.input("attention_mask", ir.DataType.INT64, ("batch_size", "total_sequence_length"))
         past = [self._past(layer) for layer in range(spec.num_layers)]
         keep = g.input(SELECTOR, ir.DataType.INT64, (), default=np.array(1, np.int64))
-        shared = self._shared(ids, mask)
-        rows = self._selected_rows(keep, shared)
+        lengths = Lengths.of(g, ids, mask)
+        rows = selected_rows(g, keep, lengths)
 
-        x, delta = self._embed(ids, shared), None
+        x, delta = self._embed(ids, lengths), None
         present = []
         for layer in range(spec.num_layers):
             last = layer == spec.num_layers - 1
-            x, delta, cache = self._block(layer, x, delta, past[layer], shared, rows if last else None)
+            x, delta, cache = self._block(layer, x, delta, past[layer], lengths, rows if last else None)
             present.append(cache)
         hidden, _ = self._norm_of_sum(x, delta, spec.weight("final_norm"))
-        g.output(self._logits(hidden), "logits", ir.DataType.FLOAT, ("batch_size", "num_logits", spec.vocab_size))
+        g.output(self._logits(hidden), "logits", ir.DataType.FLOAT, ("batch_size", 1, spec.vocab_size))
         for layer, (key, value) in enumerate(present):
             shape = ("batch_size", spec.num_kv_heads, "total_sequence_length", spec.head_dim)
             g.output(key, f"present.{layer}.key", ir.DataType.FLOAT, shape)
@@ -94,48 +84,16 @@ class DecoderBuilder:
         key, value = (self.g.input(name, ir.DataType.FLOAT, shape) for name in names)
         return key, value
 
-    def _shared(self, ids: ir.Value, mask: ir.Value) -> Shared:
-        g = self.g
-        one = g.constant(1, np.int64)
-        length = g.op("Gather", [g.op("Shape", [ids], "shape/ids"), one], "shape/sequence")
-        total = g.op("Gather", [g.op("Shape", [mask], "shape/mask"), one], "shape/total")
-        real = g.op("ReduceSum", [mask, g.constant([1], np.int64)], "mask/sum", keepdims=0)
-        seqlens = g.op("Cast", [g.op("Sub", [real, one], "mask/last")], "mask/seqlens", to=ir.DataType.INT32)
-        return Shared(length, total, seqlens, g.op("Cast", [total], "shape/total32", to=ir.DataType.INT32), mask)
-
-    def _selected_rows(self, keep: ir.Value, shared: Shared) -> ir.Value:
-        """Return int64 [batch, num_logits, 1]: the rows of the sequence that get logits, ending at the last real token."""
-        g = self.g
-        one, zero = g.constant(1, np.int64), g.constant(0, np.int64)
-        mask = g.op("Cast", [shared.mask], "select/mask", to=ir.DataType.INT32)
-        last = g.op("ArgMax", [mask], "select/last", axis=1, keepdims=1, select_last_index=1)
-        past = g.op("Sub", [shared.total_length, shared.sequence_length], "select/past")
-        everything = g.op("Equal", [keep, zero], "select/all")
-        final_row = g.op("Sub", [shared.sequence_length, one], "select/final")
-        end = g.op("Where", [everything, final_row, g.op("Sub", [last, past], "select/real")], "select/end")
-        some = g.op("Min", [keep, shared.sequence_length], "select/some")
-        count = g.op("Where", [everything, shared.sequence_length, some], "select/count")
-        back = g.op("Sub", [count, one], "select/back")
-        offsets = g.op("Sub", [g.op("Range", [zero, count, one], "select/range"), back], "select/offsets")
-        rows = g.op("Max", [g.op("Add", [end, offsets], "select/rows"), zero], "select/clamped")
-        return g.op("Unsqueeze", [rows, g.constant([-1], np.int64)], "select/index")
-
-    def _embed(self, ids: ir.Value, shared: Shared) -> ir.Value:
+    def _embed(self, ids: ir.Value, lengths: Lengths) -> ir.Value:
         spec, g = self.spec, self.g
         x = self.layers.embedding(ids, spec.weight("embed"))
         if spec.embedding_scale != 1.0:
             x = g.op("Mul", [x, g.constant(spec.embedding_scale)], "embed/scale")
         if not spec.has("positions"):
             return x
-        one, axis = g.constant(1, np.int64), g.constant([1], np.int64)
-        real = g.op("CumSum", [shared.mask, one], "positions/count")
-        places = g.op("Max", [g.op("Sub", [real, one], "positions/all"), g.constant(0, np.int64)], "positions/clamped")
-        past = g.op("Sub", [shared.total_length, shared.sequence_length], "positions/past")
-        ends = [g.op("Unsqueeze", [v, g.constant([0], np.int64)], "positions/end") for v in (past, shared.total_length)]
-        places = g.op("Slice", [places, *ends, axis], "positions/new")
         path = spec.weight("positions")
         table = g.weight(f"{path}.weight", self._read(f"{path}.weight")[: self.max_positions])
-        return g.op("Add", [x, g.op("Gather", [table, places], f"{path}/Gather")], "positions/Add")
+        return g.op("Add", [x, g.op("Gather", [table, new_positions(g, lengths)], f"{path}/Gather")], "positions/Add")
 
     def _block(
         self,
@@ -143,13 +101,13 @@ class DecoderBuilder:
         x: ir.Value,
         delta: ir.Value | None,
         past: tuple[ir.Value, ir.Value],
-        shared: Shared,
+        lengths: Lengths,
         rows: ir.Value | None,
     ) -> tuple[ir.Value, ir.Value, tuple[ir.Value, ir.Value]]:
         """Return the residual stream, what is still to be added to it, and the layer's new cache."""
         spec = self.spec
         h, x = self._norm_of_sum(x, delta, self._path("attn_in", layer))
-        attended, *cache = self._attention(layer, h, past, shared)
+        attended, *cache = self._attention(layer, h, past, lengths)
         if rows is not None:
             attended, x = (self.g.op("GatherND", [v, rows], "select/GatherND", batch_dims=1) for v in (attended, x))
         delta = self._branch(self.layers.linear(attended, spec.weight("o", layer)), self._path("attn_out", layer))
@@ -165,12 +123,12 @@ class DecoderBuilder:
             y = self.g.op("Mul", [y, self.g.constant(self.spec.residual_scale)], "residual/scale")
         return y
 
-    def _attention(self, layer: int, h: ir.Value, past: tuple[ir.Value, ir.Value], shared: Shared) -> list[ir.Value]:
+    def _attention(self, layer: int, h: ir.Value, past: tuple[ir.Value, ir.Value], lengths: Lengths) -> list[ir.Value]:
         spec = self.spec
         query, key, value = self._projections(layer, h)
         rope = spec.ropes[layer] if spec.ropes else None
         cos, sin = self._rope(rope) if rope else (None, None)
-        inputs = [query, key, value, *past, shared.seqlens_k, shared.total_length_32, *((cos, sin) if rope else ())]
+        inputs = [query, key, value, *past, lengths.last_real, lengths.total_int32, *((cos, sin) if rope else ())]
         attributes: dict[str, Any] = {
             "num_heads": spec.num_heads,
             "kv_num_heads": spec.num_kv_heads,
@@ -300,5 +258,4 @@ def build_decoder(
     weights: Weights, spec: DecoderSpec, *, max_positions: int | None = None, accuracy_levels: Mapping[str, int] | None = None
 ) -> DecoderGraph:
     """Build the graph of a decoder from a merged checkpoint. `accuracy_levels` names the linears that are not at level 4."""
-    spec = dataclasses.replace(spec)
     return DecoderBuilder(weights, spec, max_positions or spec.max_positions, accuracy_levels or {}).build()

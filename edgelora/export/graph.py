@@ -45,9 +45,9 @@ class GraphBuilder:
         value.name, value.type, value.shape = name, ir.TensorType(dtype), ir.Shape(shape)
         self.graph.outputs.append(value)
 
-    def constant(self, array: Array | float | int, dtype: Any = None) -> ir.Value:
+    def constant(self, values: Array | Sequence[int] | float, dtype: Any = None) -> ir.Value:
         """Return a small constant; equal ones are one initializer."""
-        array = np.asarray(array, dtype=dtype or (np.float32 if isinstance(array, float) else np.int64))
+        array: Array = np.asarray(values, dtype=dtype or (np.float32 if isinstance(values, float) else np.int64))
         key = (array.dtype.str, array.shape, array.tobytes())
         if key not in self._constants:
             text = "x".join(map(str, array.ravel()[:4].tolist())) or "empty"
@@ -97,7 +97,7 @@ class GraphBuilder:
         return ir.Model(self.graph, ir_version=IR_VERSION, producer_name="edgelora", metadata_props=metadata)
 
     def _register(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
         self.graph.register_initializer(value)
         return value
 

@@ -1,0 +1,203 @@
+"""`edgelora export`: merge (when given a run or a model) → graph → the files of four loaders → verify → table → manifest."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgelora import console
+from edgelora.errors import SettingsError
+from edgelora.export.decoder import build_decoder
+from edgelora.export.files import MODEL_NAMES, BundleFacts, special_tokens, write_files
+from edgelora.export.graph import save
+from edgelora.export.results import add_results
+from edgelora.export.verify import check
+from edgelora.export.work import Work
+from edgelora.folder import MANIFEST, new_folder, read_manifest, refuse_existing, write_manifest
+from edgelora.models.families import decoder_spec, rope_parameters
+from edgelora.quant.checkpoint import MergedCheckpoint
+from edgelora.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from edgelora.models.spec import DecoderSpec
+
+MAX_POSITIONS = 16384  # longest sequence of a decoder bundle: the rotary tables are stored for every position
+MAX_LENGTH = 2048  # tokens of prompt and answer that loaders make room for unless told otherwise
+GENERATION = "text-generation"
+
+
+def export(
+    target: str,
+    out: Path,
+    *,
+    precision: str = "int4",
+    device: str = "cpu",
+    model: str | None = None,
+    overwrite: bool = False,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Write the bundle `out` from a run, a merged folder or a model; a run and a model are merged first.
+
+    The graph is compared with the merged weights in torch, and refused with the figures (ModelError) if it does not compute
+    the same, unless `force` is given. Returns the figures of `--json`; `table` has a run's held-out rows scored again.
+    """
+    refuse_existing(out, overwrite=overwrite)
+    temporary = out.with_name(f".{out.name}.merged")
+    with new_folder(out, overwrite=overwrite) as staging, console.progress("exporting", total=4) as bar:
+        try:
+            bar.update(stage="merge")
+            started = time.perf_counter()
+            merged, run = merged_folder(target, temporary, precision, model)
+            work = open_work(staging, merged, run, precision, device)
+            work.seconds["merge"] = round(time.perf_counter() - started, 2)
+            bar.update(1, stage="graph")
+            with work.time("graph"):
+                write_bundle(work)
+            bar.update(1, stage="verify")
+            with work.time("verify"):
+                work.manifest["verify"] = check(work, force=force)
+            bar.update(1, stage="evaluate")
+            with work.time("evaluate"):
+                add_results(work)
+            bar.update(1)
+            write_manifest(staging, "bundle", **work.manifest)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return figures(work, out)
+
+
+def merged_folder(target: str, temporary: Path, precision: str, model: str | None) -> tuple[Path, Path | None]:
+    """Return (merged folder, run folder or None); a run or model is merged into `temporary`."""
+    from edgelora.merge import merge
+
+    path = Path(target).expanduser()
+    kind = read_manifest(path, "run", "merged", "bundle")["kind"] if (path / MANIFEST).is_file() else None
+    if kind == "bundle":
+        raise SettingsError(f"{path} is a bundle already", hint=f'edgelora run {path} "…"')
+    if model is not None and kind != "run":
+        raise SettingsError("--model names the base of a run, and this is not a run", hint=f"edgelora export {model} -o BUNDLE")
+    if kind == "merged":
+        found = read_manifest(path, "merged").get("precision", precision)
+        if found != precision:
+            raise SettingsError(
+                f"{path} was merged to {found}, not {precision}", hint=f"edgelora merge RUN --precision {precision}"
+            )
+        return path, None
+    shutil.rmtree(temporary, ignore_errors=True)
+    if kind == "run":
+        merge(path, temporary, model=model, precision=precision)
+        return temporary, path
+    merge(None, temporary, model=target, precision=precision)
+    return temporary, None
+
+
+def open_work(staging: Path, merged: Path, run: Path | None, precision: str, device: str) -> Work:
+    checkpoint = MergedCheckpoint.open(merged)
+    spec = decoder_spec(checkpoint.config) if checkpoint.task == GENERATION else None
+    return Work(staging, checkpoint, run, precision, device, spec, Tokenizer.from_folder(merged))
+
+
+def write_bundle(work: Work) -> None:
+    """Write the graph, the loaders' files and a first manifest."""
+    checkpoint, spec = work.checkpoint, work.spec
+    eos, bos, pad = special_tokens(checkpoint.folder, checkpoint.config, sorted(work.tokenizer.stop_token_ids))
+    positions = reach(checkpoint.config, spec)
+    inputs = write_graph(work, positions)
+    facts = BundleFacts(
+        checkpoint.folder, checkpoint.config, work.precision, inputs, positions, min(positions, MAX_LENGTH), eos, bos, pad
+    )
+    write_files(work.staging, facts, spec)
+    work.manifest |= {
+        "task": checkpoint.task,
+        "labels": checkpoint.labels,
+        "precision": work.precision,
+        "device": work.device,
+        "model_file": f"onnx/{facts.model_name}",
+        "max_length": facts.max_length,
+        "tokens": {"eos": list(eos), "bos": bos, "pad": pad},
+        "layers": checkpoint.layers,
+        "nodes": work.nodes,
+        "exceptions": exceptions(work.nodes),
+        **card(work),
+    }
+    if spec is not None:
+        work.manifest["decoder"] = {
+            "num_layers": spec.num_layers,
+            "num_kv_heads": spec.num_kv_heads,
+            "head_dim": spec.head_dim,
+            "vocab_size": spec.vocab_size,
+            "max_positions": positions,
+        }
+    write_manifest(work.staging, "bundle", **work.manifest)
+
+
+def write_graph(work: Work, positions: int) -> tuple[str, ...]:
+    """Write the graph and its weights into onnx/; return the names of its inputs."""
+    path = work.staging / "onnx" / MODEL_NAMES[work.precision]
+    path.parent.mkdir()
+    if work.spec is not None:
+        built = build_decoder(work.checkpoint, work.spec, max_positions=positions)
+        work.nodes = built.nodes
+        save(built.model, path)
+        return tuple(str(value.name) for value in built.model.graph.inputs)
+    from edgelora.export.encoder import export_encoder
+
+    encoder = export_encoder(work.checkpoint, path)
+    work.nodes = encoder.nodes
+    return encoder.inputs
+
+
+def exceptions(nodes: dict[str, dict[str, Any]]) -> dict[str, int]:
+    """Return the accuracy level of each MatMulNBits node that is not at level 4: the fast kernels' exceptions."""
+    return {name: facts["accuracy_level"] for name, facts in nodes.items() if facts["accuracy_level"] != 4}
+
+
+def reach(config: dict[str, Any], spec: DecoderSpec | None) -> int:
+    """Return the longest sequence that a bundle takes."""
+    if spec is None:
+        from edgelora.train.run import length_limit
+
+        return length_limit(config)
+    positions = min(spec.max_positions, MAX_POSITIONS)
+    parameters = rope_parameters(config)
+    if parameters.get("rope_type", parameters.get("type")) == "longrope":
+        # The rotary tables have the short factors, which hold up to the length of the first training.
+        original = parameters.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+        positions = min(positions, int(original or positions))
+    return positions
+
+
+def card(work: Work) -> dict[str, Any]:
+    """Return what a model card says: where the weights come from, under which licenses, and how they were trained."""
+    manifest = work.checkpoint.manifest
+    model = dict(manifest.get("model") or {})
+    run = read_manifest(work.run, "run") if work.run is not None else {}
+    data = Path(str(run["data"])).name if run.get("data") else None
+    return {
+        "model": model,
+        "data": data,
+        "licenses": {"model": model.get("license"), "data": run.get("data_license")},
+        "settings": manifest.get("settings", {}),
+        "results": manifest.get("results", []),
+    }
+
+
+def figures(work: Work, out: Path) -> dict[str, Any]:
+    """Return what `--json` prints."""
+    manifest = work.manifest
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    return {
+        "output": str(out),
+        "task": manifest["task"],
+        "precision": manifest["precision"],
+        "device": manifest["device"],
+        "model_file": manifest["model_file"],
+        "size_mb": round(size / 2**20, 1),
+        "nodes": len(work.nodes),
+        "exceptions": manifest["exceptions"],
+        "verify": manifest["verify"],
+        "seconds": work.seconds,
+        "table": [{key: value for key, value in row.items() if key != "report"} for row in manifest["results"]],
+    }

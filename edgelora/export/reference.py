@@ -1,0 +1,64 @@
+"""What a merged folder computes in torch, with float activations or with the int8 ones of the accuracy_level 4 kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from edgelora.export.graph import Array
+from edgelora.models.linear import FrozenLinear
+from edgelora.quant.grid import QuantizedTensor, to_blocks
+
+if TYPE_CHECKING:
+    from edgelora.models.decoder import Decoder
+
+
+def round_to_int8(x: Tensor, block_size: int) -> Tensor:
+    """Return x `[…, K]` rounded to int8 with one scale, max / 127, per block. Source: MLAS, the CompInt8 kernels' QuantizeARow.
+
+    On AVX2 and AVX-512 a MatMulNBits of 4 or 8 bits equals the product with this to 3e-7 of its output.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    blocks = to_blocks(flat, block_size)
+    scales = blocks.abs().amax(-1, keepdim=True) / 127
+    codes = torch.round(blocks / torch.where(scales == 0, torch.ones_like(scales), scales))
+    return (codes * scales).reshape(flat.shape[0], -1)[:, : x.shape[-1]].reshape(x.shape)
+
+
+@contextmanager
+def rounded_activations(model: nn.Module) -> Iterator[None]:
+    """Let every quantized linear of `model` see its input as the accuracy_level 4 kernels do."""
+
+    def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        quantized = module.quantized
+        assert isinstance(quantized, QuantizedTensor)
+        return (round_to_int8(inputs[0], quantized.block_size), *inputs[1:])
+
+    layers = [module for module in model.modules() if isinstance(module, FrozenLinear) and module.quantized is not None]
+    hooks = [layer.register_forward_pre_hook(before) for layer in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def decoder_logits(model: Decoder, sequences: Sequence[Sequence[int]], *, int8: bool) -> list[Array]:
+    """Return the logits `[len(sequence), V]` of each sequence, all computed in one pass."""
+    ids = torch.tensor([token for sequence in sequences for token in sequence])
+    starts = np.cumsum([0, *map(len, sequences)])
+    head = model.head.weight.data
+    if int8:
+        with rounded_activations(model):
+            hidden = model.hidden(ids, torch.from_numpy(starts))
+        if isinstance(head, QuantizedTensor):
+            hidden = round_to_int8(hidden, head.block_size)
+    else:
+        hidden = model.hidden(ids, torch.from_numpy(starts))
+    return np.split(model.logits(hidden).numpy(), starts[1:-1])

@@ -1,0 +1,201 @@
+"""Does the graph compute what the merged weights say? The file against the folder, bit for bit, and ONNX Runtime against torch.
+
+There are two torch references on the folder's own codes and scales: with float activations, and with the input of every
+quantized layer rounded to int8 per block, as the accuracy_level 4 kernels do. A single layer equals the second to 3e-7.
+Through many layers it cannot stay so: a sum in another order moves an activation over a rounding boundary, and each layer
+multiplies that, until two computations differ by as much as the rounding itself changes. So the distance between the two
+references is the yardstick: ONNX Runtime may be a few times as far from either, and no further.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from edgelora import console
+from edgelora.errors import ModelError
+from edgelora.export.graph import Array
+from edgelora.export.linear import Weights
+from edgelora.export.reference import decoder_logits, rounded_activations
+from edgelora.quant.grid import QuantizedTensor
+
+if TYPE_CHECKING:
+    from edgelora.export.work import Work
+    from edgelora.models.decoder import Decoder
+    from edgelora.models.encoder import Encoder
+    from edgelora.run.classify import Classifier
+    from edgelora.run.decoder import DecoderSession
+
+TEXTS = (
+    "The quick brown fox jumps over the lazy dog. 1, 2, 3: what comes next?",
+    "Turn the lights in the kitchen to 40 percent and wake me at half past six.",
+    '{"name": "Loch Fyne", "food": "Japanese", "family friendly": true}',
+)
+PROMPT_TOKENS = 32
+NEW_TOKENS = 8
+
+# Distances are mean absolute differences of logits, in units of the reference logits' standard deviation.
+FLOAT_TOLERANCE = 1e-3  # without quantized layers only the order of sums differs
+NOISE_TOLERANCE = 3.0  # times the yardstick above; kernels that round per row instead of per block are 2 to 2.5 times as coarse
+NOISE_FLOOR = 0.01  # for tiny models, whose yardstick rests on few logits
+GREEDY_TOLERANCE = 20.0  # a greedy token may be this many yardsticks behind the reference's choice: a near-tie
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Logits `[tokens, classes]` of ONNX Runtime, of torch, and of torch with int8 activations (None: nothing is quantized)."""
+
+    found: Array
+    exact: Array
+    int8: Array | None
+
+    @property
+    def scale(self) -> float:
+        return float(self.exact.std()) or 1.0
+
+    @property
+    def yardstick(self) -> float:
+        """What rounding the activations changes."""
+        return 0.0 if self.int8 is None else float(np.abs(self.int8 - self.exact).mean()) / self.scale
+
+    @property
+    def allowed(self) -> float:
+        return FLOAT_TOLERANCE if self.int8 is None else NOISE_TOLERANCE * self.yardstick + NOISE_FLOOR
+
+    def report(self, greedy_gap: float | None = None) -> dict[str, Any]:
+        """Return {"float": {mean, max, top1}, "int8": {…}, "yardstick", "tokens", "greedy_gap", "passed", "problems"}."""
+        result: dict[str, Any] = {"tokens": len(self.found), "yardstick": figure(self.yardstick)}
+        problems = []
+        for name, reference in (("float", self.exact), ("int8", self.int8)):
+            if reference is None:
+                continue
+            distance = np.abs(self.found - reference) / self.scale
+            same = float((self.found.argmax(-1) == reference.argmax(-1)).mean())
+            result[name] = {"mean": figure(distance.mean()), "max": figure(distance.max()), "top1": figure(same)}
+            if not distance.mean() <= self.allowed:  # not >: NaN is a problem too
+                problems.append(
+                    f"logits differ by {distance.mean():.3g} on average from the {name} reference; allowed {self.allowed:.3g}"
+                )
+        if greedy_gap is not None:
+            allowed = GREEDY_TOLERANCE * self.allowed
+            result["greedy_gap"] = figure(greedy_gap)
+            if not greedy_gap <= allowed:
+                problems.append(f"a greedy token is {greedy_gap:.3g} behind the reference's choice; allowed {allowed:.3g}")
+        return {**result, "passed": not problems, "problems": problems}
+
+
+def figure(value: float) -> float:
+    return float(f"{value:.3g}")
+
+
+def check(work: Work, *, force: bool) -> dict[str, Any]:
+    """Compare file and folder bit for bit, and ONNX Runtime with torch; return the figures for the manifest.
+
+    Raises ModelError if codes or scales differ, always, and unless `force` is given if the results do.
+    """
+    compared = check_codes(work.model_path, work.nodes, work.checkpoint)
+    result = {"layers_bit_identical": compared, **compare(work)}
+    if result["problems"]:
+        message = "\n  ".join(["ONNX Runtime does not compute what the merged weights say:", *result["problems"]])
+        if not force:
+            raise ModelError(message, hint="please report this model to EdgeLoRA")
+        console.warn(message)
+    return result
+
+
+def compare(work: Work) -> dict[str, Any]:
+    """Run the new graph beside the torch model of the merged folder."""
+    quantized = bool(work.checkpoint.layers)
+    if work.spec is None:
+        from edgelora.bundle import open_bundle
+        from edgelora.run.classify import Classifier
+
+        return verify_encoder(Classifier(open_bundle(work.staging, verify=False)), work.network, quantized=quantized)
+    from edgelora.run.decoder import DecoderSession
+
+    longest = int(work.manifest["max_length"])
+    prompts = [work.tokenizer.encode(text, add_special_tokens=False)[: min(PROMPT_TOKENS, longest // 2)] for text in TEXTS]
+    session = DecoderSession(work.model_path, max_length=longest)
+    return verify_decoder(session, work.network, [prompt for prompt in prompts if prompt], quantized=quantized)
+
+
+def verify_decoder(
+    session: DecoderSession, model: Decoder, prompts: Sequence[Sequence[int]], *, quantized: bool
+) -> dict[str, Any]:
+    """Compare on prompts and on the graph's greedy answers, which it computes one token at a time from its cache."""
+    answers = [onnx_logits(session, prompt) for prompt in prompts]
+    sequences = [sequence[:-1] for _, sequence in answers]
+    exact = decoder_logits(model, sequences, int8=False)
+    int8 = decoder_logits(model, sequences, int8=True) if quantized else None
+    comparison = Comparison(
+        np.concatenate([logits for logits, _ in answers]),
+        np.concatenate(exact),
+        None if int8 is None else np.concatenate(int8),
+    )
+    gaps = []
+    for prompt, (_, sequence), reference in zip(prompts, answers, int8 or exact, strict=True):
+        # What the reference thinks of each token that the graph chose, less what it thinks of its own choice.
+        rows = reference[len(prompt) - 1 :]
+        gaps.append((rows.max(-1) - rows[np.arange(len(rows)), sequence[len(prompt) :]]).max() / comparison.scale)
+    return comparison.report(greedy_gap=float(max(gaps)))
+
+
+def onnx_logits(session: DecoderSession, prompt: Sequence[int]) -> tuple[Array, list[int]]:
+    """Return logits `[len(sequence) - 1, V]` and the sequence: the prompt with the greedy tokens after it."""
+    session.rewind(0)
+    rows = []
+    for start in range(0, len(prompt), session.score_limit):
+        rows.append(session.score(prompt[start : start + session.score_limit]).copy())
+    sequence = [*prompt, int(rows[-1][-1].argmax())]
+    for _ in range(min(NEW_TOKENS, session.max_length - len(sequence))):
+        logits = session.step(sequence[-1])
+        rows.append(logits[None].copy())
+        sequence.append(int(logits.argmax()))
+    return np.concatenate(rows), sequence
+
+
+@torch.no_grad()
+def verify_encoder(classifier: Classifier, model: Encoder, *, quantized: bool) -> dict[str, Any]:
+    """Compare on whole texts and their halves, batched by ONNX Runtime and one at a time in torch: padding must not matter."""
+    texts = [part for text in TEXTS for part in (text, text[: len(text) // 2], text[len(text) // 2 :])]
+    examples = [classifier.encode(text) for text in texts]
+
+    def reference() -> Array:
+        ids = [torch.from_numpy(example.arrays["ids"].astype(np.int64))[None] for example in examples]
+        logits: Array = torch.cat([model.logits(row, torch.ones_like(row)) for row in ids]).float().numpy()
+        return logits
+
+    exact, int8 = reference(), None
+    if quantized:
+        with rounded_activations(model):
+            int8 = reference()
+    return Comparison(classifier.logits(examples), exact, int8).report()
+
+
+def check_codes(model_path: Path, nodes: Mapping[str, Mapping[str, Any]], weights: Weights) -> int:
+    """Compare every row of codes and scales in the file with the merged folder's, bit for bit; return the layers compared.
+
+    Raises ModelError naming each layer that differs.
+    """
+    import onnx_ir as ir
+
+    found = {node.name: node for node in ir.load(model_path).graph}
+    problems, compared = [], 0
+    for name, facts in nodes.items():
+        values = [found[name].inputs[index] for index in (1, 2)]
+        codes, scales = (value.const_value.numpy() for value in values if value is not None and value.const_value is not None)
+        for path, (start, stop) in facts["rows"].items():
+            weight = weights.read_linear(path)
+            assert isinstance(weight, QuantizedTensor)
+            same = np.array_equal(codes[start:stop], weight.codes.numpy())
+            if not same or not np.array_equal(scales[start:stop], weight.scales.numpy()):
+                problems.append(f"{path}: the {'scales' if same else 'codes'} in {model_path.name} are not the merged folder's")
+            compared += 1
+    if problems:
+        raise ModelError("\n  ".join(["the exported graph does not hold what was merged:", *problems]))
+    return compared

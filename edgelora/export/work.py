@@ -1,0 +1,50 @@
+"""One export under way: where it goes, what it is made from, and what is known about it so far."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgelora.quant.checkpoint import MergedCheckpoint
+from edgelora.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from edgelora.models.spec import DecoderSpec
+
+
+@dataclass
+class Work:
+    staging: Path
+    checkpoint: MergedCheckpoint
+    run: Path | None
+    precision: str
+    device: str
+    spec: DecoderSpec | None  # None: an encoder
+    tokenizer: Tokenizer
+    nodes: dict[str, dict[str, Any]] = field(default_factory=dict)  # of the graph's MatMulNBits
+    manifest: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def model_path(self) -> Path:
+        return self.staging / str(self.manifest["model_file"])
+
+    @cached_property
+    def network(self) -> Any:
+        """The torch model of the merged folder (Decoder or Encoder), its weights mapped from there."""
+        from edgelora.models.load import load_model
+        from edgelora.models.source import open_model
+
+        source = open_model(str(self.checkpoint.folder))
+        return load_model(source, self.checkpoint.task, base_bits=32, labels=self.checkpoint.labels).eval()
+
+    @contextmanager
+    def time(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[stage] = round(time.perf_counter() - started, 2)
