@@ -21,6 +21,11 @@ from edgelora.errors import FolderError, MachineError
 
 MANIFEST = "edgelora.json"
 FORMAT_VERSION = 1
+MAKERS = {
+    "run": "edgelora finetune MODEL DATA -o RUN",
+    "merged": "edgelora merge RUN -o MERGED",
+    "bundle": "edgelora export RUN_OR_MODEL -o BUNDLE",
+}
 
 
 @contextmanager
@@ -94,7 +99,9 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 def write_manifest(folder: Path, kind: str, *, complete: bool = True, **content: Any) -> None:
     """Write the manifest of a folder, with the sha256 of each of its files, atomically."""
-    files = {p.relative_to(folder).as_posix(): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file() and p.name != MANIFEST}
+    files = {
+        p.relative_to(folder).as_posix(): sha256(p) for p in sorted(folder.rglob("*")) if p.is_file() and p.name != MANIFEST
+    }
     head = {"format": FORMAT_VERSION, "kind": kind, "tool_version": __version__, "complete": complete}
     write_json(folder / MANIFEST, {**head, **content, "files": files if complete else {}})
 
@@ -107,16 +114,17 @@ def read_manifest(folder: Path, *kinds: str) -> dict[str, Any]:
         kind, version = manifest["kind"], int(manifest["format"])
     except FileNotFoundError:
         found = "it does not exist" if not folder.exists() else f"it has no {MANIFEST}"
-        raise FolderError(f"{folder} is not a {wanted} folder: {found}") from None
+        raise FolderError(f"{folder} is not a {wanted} folder: {found}", hint=MAKERS.get(kinds[0])) from None
     except (ValueError, KeyError, TypeError, NotADirectoryError):
         raise FolderError(f"{folder / MANIFEST} is damaged") from None
     if version > FORMAT_VERSION:
         raise FolderError(
-            f"{folder} has format {version}, written by EdgeLoRA {manifest.get('tool_version')}; this one reads up to {FORMAT_VERSION}",
+            f"{folder} has format {version}, written by EdgeLoRA {manifest.get('tool_version')}; "
+            f"this one reads up to {FORMAT_VERSION}",
             hint="pip install --upgrade edgelora",
         )
     if kind not in kinds:
-        raise FolderError(f"{folder} is a {kind} folder; a {wanted} folder is wanted")
+        raise FolderError(f"{folder} is a {kind} folder; a {wanted} folder is wanted", hint=MAKERS.get(kinds[0]))
     return dict(manifest)
 
 

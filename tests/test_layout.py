@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "config", "folder", "console", "hardware", "rates", "tokenizer", "chat_template"),
     ("tasks",),
     ("data", "quant", "models", "adapters", "bundle"),
-    ("plan", "train", "merge", "export", "run", "evaluate", "bench", "inspect"),
+    ("costs", "plan", "train", "merge", "export", "run", "evaluate", "bench", "inspect"),
     ("cli",),
     ("__main__",),
 )
@@ -144,9 +144,9 @@ def test_heavy_libraries_are_imported_inside_functions() -> None:
 def test_the_command_line_starts_without_torch(arguments: list[str]) -> None:
     code = (
         "import sys\n"
-        "from edgelora.cli.main import main\n"
+        "from edgelora.cli.main import cli\n"
         "try:\n"
-        f"    main({arguments!r})\n"
+        f"    cli.main({arguments!r})\n"
         "except SystemExit as end:\n"
         "    assert not end.code, end.code\n"
         f"print('HEAVY', *sorted(set({HEAVY!r}) & set(sys.modules)))\n"

@@ -48,6 +48,9 @@ def converted(source: Path, fingerprint: str) -> Path:
     )  # fmt: skip
     if result.returncode:
         last = (result.stderr.strip().splitlines() or ["no message"])[-1]
+        if result.returncode == ModelError.exit_code:
+            message, hint = json.loads(last)
+            raise ModelError(message, hint=hint)
         raise ModelError(f"{source}: the tokenizer could not be converted: {last}")
     if not (folder / "tokenizer.json").is_file():
         swap_in(staging, folder)
@@ -108,6 +111,9 @@ def main(source: Path, folder: Path) -> int:
             save_tokenizer(source, folder)
         else:
             convert_gguf(source, folder)
+    except ModelError as error:
+        print(json.dumps([error.message, error.hint]), file=sys.stderr)
+        return error.exit_code
     except (EdgeLoRAError, OSError, ValueError, KeyError, TypeError, ImportError) as error:
         print(" ".join(str(error).split())[:400], file=sys.stderr)
         return 1
