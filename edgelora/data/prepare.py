@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -23,7 +24,7 @@ from edgelora.config import FinetuneConfig
 from edgelora.data.check import Scan, scan
 from edgelora.data.store import Store, StoreWriter
 from edgelora.errors import DataError, EdgeLoRAError, FolderError, MachineError
-from edgelora.folder import disk_errors, write_json
+from edgelora.folder import disk_errors, refuse_existing, write_json
 from edgelora.tasks.base import Row
 from edgelora.tokenizer import Tokenizer
 
@@ -66,10 +67,11 @@ class Prepared:
 
 
 def prepare(data: str, tokenizer_folder: Path, out: Path, config: FinetuneConfig, *, max_length: int) -> Prepared:
-    """Read, check, split and encode DATA into the folder `out`, in a child process.
+    """Read, check, split and encode DATA into the new folder `out`, in a child process; nothing of it stays after an error.
 
     Raises DataError with every problem, and whatever else the child raised, as if it had happened here.
     """
+    refuse_existing(out, overwrite=False)
     request = {
         "data": data,
         "tokenizer": str(tokenizer_folder),
@@ -78,6 +80,18 @@ def prepare(data: str, tokenizer_folder: Path, out: Path, config: FinetuneConfig
         "max_length": max_length,
         "console": {"json_output": console.json_output(), "quiet": console.quiet()},
     }
+    try:
+        answer = ask_child(request, data)
+        if "error" in answer:
+            raise revive(answer)
+    except BaseException:
+        shutil.rmtree(out, ignore_errors=True)
+        raise
+    return Prepared.open(out)
+
+
+def ask_child(request: dict[str, Any], data: str) -> dict[str, Any]:
+    """Return the answer of a new process that carries out the request; raises MachineError when it gives none."""
     package = str(Path(edgelora.__file__).parents[1])
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
     child = subprocess.run(
@@ -89,13 +103,10 @@ def prepare(data: str, tokenizer_folder: Path, out: Path, config: FinetuneConfig
         check=False,
     )
     try:
-        answer = json.loads(child.stdout)
+        return dict(json.loads(child.stdout))
     except ValueError:
         reason = "it was killed: not enough memory" if child.returncode in (-9, 137) else f"exit code {child.returncode}"
         raise MachineError(f"preparing {data} failed: {reason}") from None
-    if "error" in answer:
-        raise revive(answer)
-    return Prepared.open(out)
 
 
 def revive(answer: dict[str, Any]) -> EdgeLoRAError:

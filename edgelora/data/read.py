@@ -62,7 +62,7 @@ def read_jsonl(path: Path, report: Report) -> Iterator[tuple[int, Row]]:
             report(gap, "an empty line")
         blank.clear()
         try:
-            value = parse_json(line)
+            value = parse_json(line.rstrip("\r\n"))
         except ValueError as error:
             report(number, f"not JSON: {error}")
             continue
