@@ -110,6 +110,16 @@ class LoRA(nn.Module):
             self.lora_A.detach(), self.lora_B.detach(), self.scale, None if magnitude is None else magnitude.detach()
         )
 
+    @torch.no_grad()
+    def set_factors(self, factors: Factors) -> None:
+        """Take the tensors of `factors`, which have the same rank; the scale becomes theirs."""
+        assert factors.a.shape == self.lora_A.shape
+        self.scale = factors.scale
+        self.lora_A.copy_(factors.a)
+        self.lora_B.copy_(factors.b)
+        if self.lora_magnitude_vector is not None and factors.magnitude is not None:
+            self.lora_magnitude_vector.copy_(factors.magnitude)
+
     def forward(self, x: Tensor) -> Tensor:
         """Map `[..., K]` to `[..., N]`."""
         if not self.enabled:

@@ -13,15 +13,21 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from edgelora.adapters.inject import matches, suffixes
-from edgelora.adapters.lora import Factors, combine
+from edgelora.adapters.inject import adapters, matches, suffixes
+from edgelora.adapters.lora import Factors, LoRA, combine
 from edgelora.errors import FolderError
 from edgelora.folder import write_json
+
+if TYPE_CHECKING:
+    from edgelora.models.decoder import Decoder
+    from edgelora.models.encoder import Encoder
+
+    Model = Decoder | Encoder
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -233,3 +239,56 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     if bad:
         raise FolderError(f"{folder / WEIGHTS} has values that are not finite: {', '.join(bad)}")
     return tensors
+
+
+def from_model(model: Model, *, rslora: bool, dropout: float, base: str | None, task_type: str | None) -> AdapterFile:
+    """Return the adapters and the trained head of a model as they are now; their tensors are the model's own."""
+    return AdapterFile(
+        {path: adapter.factors for path, adapter in adapters(model).items()},
+        {name: tensor.detach() for name, tensor in head_parameters(model).items()},
+        tuple(getattr(model, "head_names", ())),
+        rslora=rslora,
+        transposed=bool(getattr(getattr(model, "spec", None), "transposed", False)),
+        dropout=dropout,
+        base=base,
+        task_type=task_type,
+    )
+
+
+@torch.no_grad()
+def apply(model: Model, adapter: AdapterFile) -> None:
+    """Put an adapter into a model: into its own adapters where it has them, as new ones where it does not.
+
+    Raises FolderError that lists everything that the model has no place for.
+    """
+    linears, present = model.linears(), adapters(model)
+    replaced: dict[str, Tensor] = {**biases(model), **head_parameters(model)}
+    unknown = [*(set(adapter.factors) - set(linears)), *(set(adapter.saved_modules) - set(replaced))]
+    if unknown:
+        raise FolderError("\n  ".join(["the adapter changes what this model does not have:", *sorted(unknown)[:10]]))
+    for path, factors in adapter.factors.items():
+        layer = present.get(path)
+        if layer is None:
+            check_shape(path, factors, (linears[path].out_features, linears[path].in_features))
+            model.replace_linear(path, LoRA(linears[path], factors, adapter.dropout))
+        else:
+            layer.set_factors(factors)
+    for name, tensor in adapter.saved_modules.items():
+        if replaced[name].shape != tensor.shape:
+            raise FolderError(f"the adapter's {name} has shape {list(tensor.shape)}; this model's {list(replaced[name].shape)}")
+        replaced[name].copy_(tensor)
+
+
+def head_parameters(model: Model) -> dict[str, Tensor]:
+    """Return the trained head by the names of the transformers model; a decoder has none."""
+    return dict(getattr(model, "head_parameters", dict)())
+
+
+def biases(model: nn.Module) -> dict[str, Tensor]:
+    """Return the biases of frozen layers and norms, by name: PEFT's `bias` setting trains them."""
+    found = {}
+    for module in model.modules():
+        path, bias = getattr(module, "path", None), getattr(module, "bias", None)
+        if path is not None and isinstance(bias, Tensor):
+            found[f"{path}.bias"] = bias
+    return found

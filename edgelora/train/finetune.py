@@ -1,0 +1,263 @@
+"""`edgelora finetune`: prepare → plan → load → attach → train → table → save."""
+
+from __future__ import annotations
+
+import functools
+import shlex
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from edgelora import console, folder, hardware
+from edgelora.adapters import inject, peft_format
+from edgelora.adapters.lora import LoRASettings
+from edgelora.config import FinetuneConfig
+from edgelora.data.prepare import Prepared, prepare
+from edgelora.data.store import Store
+from edgelora.errors import DataError, FolderError, Interrupted
+from edgelora.models.load import load_model
+from edgelora.models.predictor import TorchPredictor
+from edgelora.models.source import ModelSource, open_model
+from edgelora.plan import make_plan
+from edgelora.tasks import get_task
+from edgelora.tokenizer import Tokenizer
+from edgelora.train import checkpoint
+from edgelora.train.batches import Schedule
+from edgelora.train.checkpoint import State
+from edgelora.train.loop import Job, Trainer
+from edgelora.train.run import DATA, Run, copy_model_files, length_limit
+
+if TYPE_CHECKING:
+    from edgelora.models.decoder import Decoder
+    from edgelora.models.encoder import Encoder
+    from edgelora.tasks.base import Example, Metrics, Row, Task
+
+    Model = Decoder | Encoder
+
+SHORT_ANSWER = 64  # supervised tokens up to which answers are generated for the closing table
+
+
+def finetune(
+    model: str, data: str, out: Path, config: FinetuneConfig, *, resume: bool = False, overwrite: bool = False
+) -> dict[str, Any]:
+    """Train adapters for MODEL on DATA into the run folder `out`; return the figures of DESIGN.md §1.
+
+    A run that was stopped goes on with `resume`. Raises UserError, MachineError, and Interrupted after a checkpoint.
+    """
+    stages = Stages()
+    source = open_model(model, trust_remote_code=config.trust_remote_code)
+    if not resume:
+        folder.refuse_existing(out, overwrite=overwrite)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with folder.lock(out), folder.disk_errors(out):
+        begin = reopen if resume else start
+        run, network = begin(out, source, data, config, stages)
+        try:
+            return Training(out, run, network, stages).carry_out()
+        except Interrupted as stopped:
+            hint = shlex.join(["edgelora", "finetune", model, data, "-o", str(out), "--resume"])
+            raise Interrupted(stopped.message, hint=hint) from None
+
+
+@dataclass
+class Stages:
+    """Seconds of each stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def add(self, others: dict[str, float]) -> None:
+        for name, value in others.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + value
+
+    @contextmanager
+    def time(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add({name: time.perf_counter() - started})
+
+
+def start(out: Path, source: ModelSource, data: str, config: FinetuneConfig, stages: Stages) -> tuple[Run, Model]:
+    """Prepare rows, plan and model, then put the new run folder in its place: what is refused leaves nothing behind."""
+    staging = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    try:
+        with stages.time("prepare"):
+            longest = min(config.max_length or 1024, length_limit(source.config))
+            prepared = prepare(data, source.folder, staging / DATA, config, max_length=longest)
+        if not prepared.rows.get("valid"):
+            raise DataError(f"{data} leaves no row to validate on", hint="give validation rows with --valid FILE")
+        with stages.time("plan"):
+            plan = make_plan(source, prepared.store("train").lengths, config)
+        facts = {"reference": source.reference, "fingerprint": source.fingerprint, "license": source.license}
+        run = Run(facts, data, prepared.task, prepared.labels, config, plan)
+        network = load(source, run, stages)
+        copy_model_files(source, prepared.labels, staging)
+        run.write(staging, complete=False)
+        folder.swap_in(staging, out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return run, network
+
+
+def reopen(out: Path, source: ModelSource, data: str, config: FinetuneConfig, stages: Stages) -> tuple[Run, Model]:
+    """Return the record and the model of a run that is not complete; what was learned comes with the checkpoint.
+
+    Raises FolderError if there is nothing to resume and SettingsError if something else is asked for than was begun.
+    """
+    run, manifest = Run.read(out)
+    if manifest["complete"]:
+        raise FolderError(f"{out} is complete: there is nothing to resume", hint="start again with --overwrite")
+    run.refuse_other(source, data, config)
+    return run, load(source, run, stages)
+
+
+def load(source: ModelSource, run: Run, stages: Stages) -> Model:
+    """Return the model with new adapters. Raises SettingsError for target modules that it does not have."""
+    config, plan = run.settings, run.plan
+    torch.set_flush_denormal(True)
+    torch.set_num_threads(plan.threads)
+    torch.manual_seed(config.seed)
+    with stages.time("load"):
+        network = load_model(source, run.task, base_bits=plan.base_bits, labels=run.labels)
+        network.gradient_checkpointing = plan.gradient_checkpointing
+        targets = config.target_modules or get_task(run.task).target_modules
+        inject.attach(network, LoRASettings.from_config(config), targets)
+    return network
+
+
+class Training:
+    """Everything after the rows are there, the same for a new run and a resumed one."""
+
+    def __init__(self, out: Path, run: Run, network: Model, stages: Stages) -> None:
+        self.out, self.run, self.model, self.stages = out, run, network, stages
+        self.config, self.plan = run.settings, run.plan
+        self.task: Task = get_task(run.task)
+        self.tokenizer = Tokenizer.from_folder(out)
+        self.collate = functools.partial(self.task.collate, pad_token_id=self.tokenizer.pad_token_id or 0)
+        prepared = Prepared.open(out / DATA)
+        self.store = prepared.store("train")
+        self.valid, self.valid_rows = sample(prepared.store("valid"), prepared.texts("valid"), self.config.valid_rows)
+
+    def carry_out(self) -> dict[str, Any]:
+        trainer = Trainer(self.job())
+        if checkpoint.exists(self.out):
+            trainer.resume()
+            self.stages.add(trainer.state.seconds)
+            console.say(f"resumed after step {trainer.state.step} of {trainer.job.num_steps}")
+        else:
+            self.show_plan(trainer.job.num_steps)
+        if not trainer.state.base:
+            with self.stages.time("base"), inject.switched_off(self.model):
+                trainer.state.base = self.score(generate=self.short_answers())
+        trainer.state.seconds = self.stages.seconds
+        with self.stages.time("train"):
+            state = trainer.run()
+        with self.stages.time("table"):
+            peft_format.apply(self.model, peft_format.load(self.out))
+            adapted = self.score(generate=self.short_answers())
+        return self.finish(state, adapted)
+
+    def job(self) -> Job:
+        config = self.config
+        rows = Schedule(self.store.lengths, config.batch_size, config.seed)
+        return Job(
+            model=self.model,
+            task=self.task,
+            collate=self.collate,
+            store=self.store,
+            rows=rows,
+            config=config,
+            learning_rate=config.learning_rate or self.task.learning_rate,
+            micro_batch=self.plan.micro_batch,
+            num_steps=rows.num_steps(config.epochs, config.max_steps),
+            folder=self.out,
+            score=lambda: self.score(generate=False),
+            keep=self.keep,
+        )
+
+    def keep(self) -> None:
+        """Write the adapter as it is now: the best so far."""
+        config = self.config
+        adapter = peft_format.from_model(
+            self.model,
+            rslora=config.rslora,
+            dropout=config.dropout,
+            base=self.run.model["reference"],
+            task_type=peft_format.TASK_TYPES.get(self.task.auto_class),
+        )
+        peft_format.save(adapter, self.out, paths=list(self.model.linears()))
+
+    def score(self, *, generate: bool) -> Metrics:
+        predictor = TorchPredictor(self.model, self.collate)
+        return self.task.evaluate(predictor, self.valid_rows, self.valid, self.tokenizer, self.run.labels, generate=generate)
+
+    def short_answers(self) -> bool:
+        """Whether the validation rows' answers are short enough to be generated."""
+        masks = [example.arrays.get("supervised") for example in self.valid]
+        return all(mask is not None and int(mask.sum()) <= SHORT_ANSWER for mask in masks)
+
+    def show_plan(self, num_steps: int) -> None:
+        plan = self.plan
+        console.table(
+            "plan",
+            [
+                {
+                    "rows": len(self.store),
+                    "steps": num_steps,
+                    "adapters": len(inject.adapters(self.model)),
+                    "base bits": plan.base_bits,
+                    "micro-batch": plan.micro_batch,
+                    "checkpointing": plan.gradient_checkpointing,
+                    "threads": plan.threads,
+                    "peak": console.show_bytes(plan.predicted_peak_mb * (1 << 20)),
+                    "time": console.show_time(plan.seconds),
+                }
+            ],
+        )
+
+    def finish(self, state: State, adapted: Metrics) -> dict[str, Any]:
+        """Complete the manifest and return the figures."""
+        rows = closing_table(self.task.baseline(self.valid, self.run.labels), state.base, adapted)
+        figures = {
+            "steps": state.step,
+            "tokens": state.tokens,
+            "tokens_per_s": state.timed_tokens / state.timed_seconds if state.timed_seconds else None,
+            "peak_rss_mb": max(state.peak_rss_mb, hardware.peak_rss_mb()),
+            "predicted_peak_mb": self.plan.predicted_peak_mb,
+            "train_loss": state.train_loss,
+            "valid": adapted,
+            "table": rows,
+            "best_step": state.best["step"],
+            "seconds": {name: round(value, 3) for name, value in self.stages.seconds.items()},
+        }
+        # The results are recorded before the checkpoint goes, so that a kill in between loses nothing.
+        self.run.write(self.out, complete=False, results=rows, figures=figures)
+        shutil.rmtree(self.out / checkpoint.FOLDER, ignore_errors=True)
+        self.run.write(self.out, complete=True, results=rows, figures=figures)
+        console.say(f"adapter of step {state.best['step']} in {self.out}")
+        return {"run": str(self.out), **figures}
+
+
+def sample(store: Store, rows: list[Row], limit: int) -> tuple[list[Example], list[Row]]:
+    """Return at most `limit` (0: all) examples and their rows, chosen at random but always the same: files are often sorted."""
+    chosen = range(len(store))
+    if 0 < limit < len(store):
+        chosen = sorted(np.random.default_rng(0).permutation(len(store))[:limit].tolist())
+    return [store[i] for i in chosen], [rows[i] for i in chosen]
+
+
+def closing_table(majority: Metrics, base: Metrics, adapted: Metrics) -> list[dict[str, Any]]:
+    """Return the rows of the table: what always giving the commonest answer gets, the base model, and the adapter."""
+    rows = [("majority baseline", majority)] if majority else []
+    rows += [("base", base), ("adapter", adapted)]
+    return [{"what": what, **{name: v for name, v in metrics.items() if isinstance(v, float)}} for what, metrics in rows]

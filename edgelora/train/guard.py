@@ -1,0 +1,54 @@
+"""Truth guards: what must hold while training, or it stops with a message."""
+
+from __future__ import annotations
+
+import math
+
+from torch import nn
+
+from edgelora.adapters.inject import adapters
+from edgelora.errors import DataError, SettingsError
+
+WINDOW = 20  # steps that a loss is compared with
+SPIKE = 3.0  # a spike is a loss this many times above the window's mean …
+SPIKE_NATS = 2.0  # … and this much above it: a loss near 0 may triple harmlessly
+
+
+def broken(loss: float, grad_norm: float, recent: list[float]) -> str | None:
+    """Return what is wrong with a step's mean loss and gradient norm (not finite, or far above the `recent` losses) or None."""
+    if not math.isfinite(loss):
+        return f"the loss is {loss}"
+    if not math.isfinite(grad_norm):
+        return f"the gradient's norm is {grad_norm}"
+    if len(recent) == WINDOW:
+        mean = sum(recent) / WINDOW
+        if loss > SPIKE * mean and loss > mean + SPIKE_NATS:
+            return f"the loss jumped to {loss:.3f} from {mean:.3f}"
+    return None
+
+
+def refuse_unsupervised(count: int, rows: list[int]) -> None:
+    """Raise DataError when a step has nothing to learn from."""
+    if count == 0:
+        raise DataError(
+            f"the {len(rows)} rows of a step have no supervised token", hint="edgelora data DATA shows what is trained on"
+        )
+
+
+def check_moved(model: nn.Module) -> None:
+    """After the first update every adapter's B, zero before, must have moved. Raises SettingsError naming the others."""
+    still = [path for path, adapter in adapters(model).items() if not bool(adapter.lora_B.detach().any())]
+    if still:
+        listed = ", ".join(still[:8]) + (f" and {len(still) - 8} more" if len(still) > 8 else "")
+        raise SettingsError(
+            f"{len(still)} adapters got no gradient in the first step: {listed}",
+            hint="name only layers that the loss depends on: --target-modules",
+        )
+
+
+def gave_up(problem: str, step: int, learning_rate: float) -> SettingsError:
+    """Return the error of a run that broke again after its one roll-back."""
+    return SettingsError(
+        f"training broke twice: at step {step + 1} {problem}, though the learning rate had been halved to {learning_rate:g}",
+        hint=f"start again with --learning-rate {learning_rate / 5:g}",
+    )

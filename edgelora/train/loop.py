@@ -1,0 +1,212 @@
+"""The training loop: one for all tasks. A task brings `collate`, `loss` and its metric; what comes before and after the
+steps is finetune.py's.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from edgelora import console, hardware
+from edgelora.errors import Interrupted
+from edgelora.models.predictor import Collate, to_tensors
+from edgelora.train import checkpoint, guard
+from edgelora.train.batches import Schedule, split
+from edgelora.train.checkpoint import State
+from edgelora.train.log import Log
+from edgelora.train.optimizer import make_optimizer, set_learning_rate, trainable
+from edgelora.train.schedule import learning_rate_factor
+from edgelora.train.signals import StopRequest, stop_request
+
+if TYPE_CHECKING:
+    from edgelora.config import FinetuneConfig
+    from edgelora.data.store import Store
+    from edgelora.tasks.base import Metrics, Task
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run trains, with everything that None meant in the settings decided."""
+
+    model: Any  # a Decoder or an Encoder with adapters
+    task: Task
+    collate: Collate
+    store: Store  # training rows
+    rows: Schedule  # which of them make up each step
+    config: FinetuneConfig
+    learning_rate: float
+    micro_batch: int
+    num_steps: int
+    folder: Path  # the run folder: checkpoint and log
+    score: Callable[[], Metrics]  # the model on the validation rows, now
+    keep: Callable[[], None]  # save the adapter: it is the best so far
+
+
+class Trainer:
+    """Runs a Job from a State to its end. What it changes: the model, the State, and the run folder."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.state = State()
+        self.parameters = trainable(job.model)
+        self.optimizer = make_optimizer(job.model, job.learning_rate, job.config.weight_decay)
+        self.saved_at = time.monotonic()
+
+    def resume(self) -> None:
+        """Continue where the checkpoint stands."""
+        self.state = checkpoint.restore(self.job.folder, self.parameters, self.optimizer)
+
+    def run(self) -> State:
+        """Train to the last step or until patience ends. Raises Interrupted after a checkpoint on Ctrl-C or SIGTERM."""
+        job, state = self.job, self.state
+        log = Log(job.folder, state.step)
+        try:
+            with stop_request() as stop, console.progress("training", job.num_steps) as bar:
+                bar.update(state.step)
+                if not checkpoint.exists(job.folder):
+                    self.save()
+                first = True
+                while self.state.step < job.num_steps and not self.out_of_patience():
+                    before = self.state.step
+                    self.one_step(log, stop, timed=not first)
+                    first = False
+                    self.show(bar, self.state.step - before)
+        finally:
+            log.close()
+        return self.state
+
+    def out_of_patience(self) -> bool:
+        patience = self.job.config.patience
+        return patience is not None and self.state.worse >= patience
+
+    def one_step(self, log: Log, stop: StopRequest, *, timed: bool) -> None:
+        """Do one optimizer step with its guards, then what is due: evaluation, checkpoint. A broken step rolls back."""
+        started, random = time.perf_counter(), torch.get_rng_state()
+        rows = self.job.rows.rows(self.state.step)
+        loss_sum, items = self.gradients(rows, stop, random)
+        loss, norm = loss_sum / items, self.clip()
+        problem = guard.broken(loss, norm, self.state.recent)
+        if problem is not None:
+            self.roll_back(problem, log)
+            return
+        rate = self.rate()
+        set_learning_rate(self.optimizer, rate)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.state.step == 0:
+            guard.check_moved(self.job.model)
+        seconds, tokens = time.perf_counter() - started, int(self.job.rows.lengths[rows].sum())
+        self.count(loss_sum, items, tokens, seconds if timed else 0.0)
+        log.write(
+            step=self.state.step, loss=loss, learning_rate=rate, grad_norm=norm, tokens=tokens, seconds=seconds, rows=rows
+        )
+        if self.state.step in self.evaluation_steps():
+            self.evaluate(log)
+        if time.monotonic() - self.saved_at >= 60 * self.job.config.checkpoint_minutes:
+            self.save()
+
+    def gradients(self, rows: list[int], stop: StopRequest, random: Tensor) -> tuple[float, int]:
+        """Leave the gradients of a step's mean loss in the parameters; return the summed loss and the supervised items.
+
+        Micro-batches add up sums, and the sum is divided by all items at the end, so that every token weighs the same.
+        """
+        job = self.job
+        job.model.train()
+        total, items = 0.0, 0
+        for part in split(rows, job.micro_batch):
+            if stop.requested:
+                self.optimizer.zero_grad()
+                torch.set_rng_state(random)
+                self.interrupt()
+            batch = to_tensors(job.collate([job.store[row] for row in part]))
+            loss, count = job.task.loss(job.model, batch)
+            loss.backward()
+            total += float(loss.detach())
+            items += count
+        guard.refuse_unsupervised(items, rows)
+        for parameter in self.parameters.values():
+            if parameter.grad is not None:
+                parameter.grad.div_(items)
+        return total, items
+
+    def clip(self) -> float:
+        return float(
+            torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.job.config.max_grad_norm, foreach=True)
+        )
+
+    def rate(self) -> float:
+        config = self.job.config
+        factor = learning_rate_factor(
+            self.state.step, self.job.num_steps, schedule=config.schedule, warmup_ratio=config.warmup_ratio
+        )
+        return self.job.learning_rate * factor * self.state.rate_scale
+
+    def count(self, loss_sum: float, items: int, tokens: int, seconds: float) -> None:
+        """Enter a done step into the State; `seconds` is 0 for the first step of a process, which is not timed."""
+        state = self.state
+        state.step += 1
+        state.recent = [*state.recent, loss_sum / items][-guard.WINDOW :]
+        state.tokens += tokens
+        state.loss_sum += loss_sum
+        state.loss_items += items
+        if seconds:
+            state.timed_tokens += tokens
+            state.timed_seconds += seconds
+
+    def evaluation_steps(self) -> set[int]:
+        """Return the steps after which the validation rows are scored; the last one is always among them."""
+        times = max(1, self.job.config.evaluations)
+        return {round(self.job.num_steps * i / times) for i in range(1, times + 1)} - {0}
+
+    def evaluate(self, log: Log) -> None:
+        """Score the validation rows and keep the adapter if it is the best by the task's metric; ties go to the lower loss."""
+        state, task = self.state, self.job.task
+        state.train_loss = state.loss_sum / state.loss_items
+        state.loss_sum, state.loss_items = 0.0, 0
+        metrics = {name: value for name, value in self.job.score().items() if isinstance(value, float)}
+        log.write(step=state.step, train_loss=state.train_loss, valid=metrics)
+        sign = 1.0 if task.higher_is_better else -1.0
+
+        def key(found: dict[str, float]) -> tuple[float, float]:
+            return sign * found[task.metric], -found["loss"]
+
+        if not state.best or key(metrics) > key(state.best["metrics"]):
+            state.best, state.worse = {"step": state.step, "metrics": metrics}, 0
+            self.job.keep()
+        else:
+            state.worse += 1
+
+    def roll_back(self, problem: str, log: Log) -> None:
+        """Return to the last checkpoint with half the learning rate; raises SettingsError the second time."""
+        step = self.state.step
+        if self.state.rate_scale < 1.0:
+            raise guard.gave_up(problem, step, self.rate())
+        log.back_to(step, problem)
+        self.optimizer.zero_grad()
+        self.resume()
+        self.state.rate_scale = 0.5
+        self.state.recent = []
+        console.warn(f"step {step + 1}: {problem}; back to step {self.state.step} with half the learning rate")
+        self.save()
+
+    def save(self) -> None:
+        state = self.state
+        state.peak_rss_mb = max(state.peak_rss_mb, hardware.peak_rss_mb())
+        checkpoint.save(self.job.folder, state, self.parameters, self.optimizer, torch.get_rng_state())
+        self.saved_at = time.monotonic()
+
+    def interrupt(self) -> None:
+        self.save()
+        raise Interrupted(f"interrupted after step {self.state.step} of {self.job.num_steps}; what was learned is kept")
+
+    def show(self, bar: console.Progress, steps: int) -> None:
+        state = self.state
+        speed = f"{state.timed_tokens / state.timed_seconds:.0f} tok/s" if state.timed_seconds else "–"
+        loss = f"{state.loss_sum / state.loss_items:.3f}" if state.loss_items else f"{state.train_loss or 0.0:.3f}"
+        bar.update(steps, loss=loss, speed=speed, memory=f"{hardware.rss_mb():.0f} MB")

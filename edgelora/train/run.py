@@ -1,0 +1,102 @@
+"""The run folder: what is recorded before the first step, so that another process can go on with nothing but the folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgelora.config import FinetuneConfig
+from edgelora.errors import FolderError, SettingsError
+from edgelora.folder import read_manifest, write_json, write_manifest
+from edgelora.plan import Plan
+from edgelora.tokenizer import TOKENIZER_FILES
+
+if TYPE_CHECKING:
+    from edgelora.models.source import ModelSource
+
+DATA = "data"
+
+
+@dataclass(frozen=True)
+class Run:
+    """The record of a run. `settings` are as the user gave them, `plan` is what they came to."""
+
+    model: dict[str, Any]  # reference, fingerprint, license
+    data: str
+    task: str
+    labels: list[str]
+    settings: FinetuneConfig
+    plan: Plan
+
+    def write(self, folder: Path, *, complete: bool, **results: Any) -> None:
+        """Write the manifest; `results` is empty until the run is trained."""
+        write_manifest(
+            folder,
+            "run",
+            complete=complete,
+            task=self.task,
+            labels=self.labels,
+            model=self.model,
+            data=self.data,
+            settings=dataclasses.asdict(self.settings),
+            plan=dataclasses.asdict(self.plan),
+            **results,
+        )
+
+    @classmethod
+    def read(cls, folder: Path) -> tuple[Run, dict[str, Any]]:
+        """Return the record and the whole manifest of a run folder."""
+        manifest = read_manifest(folder, "run")
+        try:
+            settings = FinetuneConfig(**manifest["settings"])
+            plan = Plan(**manifest["plan"])
+            run = cls(manifest["model"], manifest["data"], manifest["task"], manifest["labels"], settings, plan)
+        except (KeyError, TypeError) as error:
+            raise FolderError(f"{folder} is damaged: {error}", hint="start again with --overwrite") from None
+        return run, manifest
+
+    def refuse_other(self, source: ModelSource, data: str, config: FinetuneConfig) -> None:
+        """Raise SettingsError that lists what a resumed run was asked to do differently.
+
+        A setting that has its default was not asked for.
+        """
+        problems = []
+        if source.fingerprint != self.model["fingerprint"]:
+            problems.append(f"the model is {source.reference}; the run's is {self.model['reference']}, or its files changed")
+        if Path(data).name != Path(self.data).name:
+            problems.append(f"the data is {data}; the run's is {self.data}")
+        for field in dataclasses.fields(config):
+            asked, recorded = getattr(config, field.name), getattr(self.settings, field.name)
+            if asked not in (field.default, recorded):
+                problems.append(f"{field.name} is {asked}; the run's is {recorded}")
+        if problems:
+            raise SettingsError(
+                "\n  ".join(["a resumed run keeps its settings:", *problems]),
+                hint="leave them out, or start again with --overwrite",
+            )
+
+
+def copy_model_files(source: ModelSource, labels: list[str], folder: Path) -> None:
+    """Put config.json (with the labels) and the tokenizer's files into a run folder."""
+    config = dict(source.config)
+    if labels:
+        config |= {
+            "id2label": {str(i): label for i, label in enumerate(labels)},
+            "label2id": {label: i for i, label in enumerate(labels)},
+        }
+    write_json(folder / "config.json", config)
+    for name in TOKENIZER_FILES:
+        if (source.folder / name).is_file():
+            shutil.copyfile(source.folder / name, folder / name)
+
+
+def length_limit(config: dict[str, Any]) -> int:
+    """Return the most tokens that the model of a config.json can read."""
+    text = config.get("text_config", config)
+    positions = next((int(text[key]) for key in ("max_position_embeddings", "n_positions") if text.get(key)), 1024)
+    # The RoBERTa family numbers positions from pad_token_id + 1.
+    offset = int(text.get("pad_token_id") or 0) + 1 if "roberta" in str(text.get("model_type")) else 0
+    return positions - offset
