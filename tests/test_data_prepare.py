@@ -211,3 +211,18 @@ def test_e2e_and_banking77(shared_data: Path, smollm2_folder: Path, minilm_folde
     assert 990 <= banking.rows["valid"] <= 1000
     assert len(banking.labels) == len(banking.label_counts["valid"]) == 77
     assert hardware.rss_mb() - before < 8  # tokenizing 14,675 rows left nothing here
+
+
+def test_validation_rows_that_are_there_twice_or_trained_too(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rows = commands(6)
+    write_rows(tmp_path / "rows" / "train.jsonl", rows[:5])
+    write_rows(tmp_path / "rows" / "valid.jsonl", rows[3:])
+    prepare(str(tmp_path / "rows"), model, tmp_path / "out", FinetuneConfig(), max_length=64)
+    assert "warning: 2 of the 3 valid rows are in training too: their scores will flatter\n" in capfd.readouterr().err
+    with pytest.raises(SettingsError) as caught:
+        prepare(str(tmp_path / "rows"), model, tmp_path / "other", FinetuneConfig(valid="0.2"), max_length=64)
+    assert caught.value.message == f"--valid 0.2: {tmp_path / 'rows'} has validation rows of its own"
+    empty = write_rows(tmp_path / "empty.jsonl", [])
+    assert refused(str(tmp_path / "rows"), model, valid=empty).message == f"{tmp_path / 'rows'} leaves no row to validate with"

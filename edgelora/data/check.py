@@ -82,6 +82,8 @@ def scan(data: str, *, task: str | None, columns: Mapping[str, str] | None, vali
     """Read all rows once. Row problems are collected in `problems`; DataError is for what concerns the data as a whole."""
     share = parse_share(valid)
     files = find_files(data)
+    if share is not None and "valid" in files:
+        raise SettingsError(f"--valid {valid}: {data} has validation rows of its own", hint="leave --valid out")
     if valid is not None and share is None:
         files["valid"] = find_files(valid)["train"]
     columns = columns or {}

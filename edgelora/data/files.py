@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -21,6 +22,8 @@ def find_files(data: str) -> Files:
     if path.is_file():
         if path.suffix.lower() not in READERS:
             raise DataError(f"{data} is not a data file; allowed: {', '.join(READERS)}")
+        if not os.access(path, os.R_OK):
+            raise DataError(f"{data} cannot be read: no permission")
         return {"train": [path]}
     if path.is_dir():
         return folder_files(path, data)

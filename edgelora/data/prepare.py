@@ -11,6 +11,7 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -23,7 +24,7 @@ from edgelora import console, errors
 from edgelora.config import FinetuneConfig
 from edgelora.data.check import Scan, scan
 from edgelora.data.store import Store, StoreWriter
-from edgelora.errors import DataError, EdgeLoRAError, FolderError, MachineError
+from edgelora.errors import DataError, EdgeLoRAError, FolderError, Interrupted, MachineError
 from edgelora.folder import disk_errors, refuse_existing, write_json
 from edgelora.tasks.base import Row
 from edgelora.tokenizer import Tokenizer
@@ -105,6 +106,8 @@ def ask_child(request: dict[str, Any], data: str) -> dict[str, Any]:
     try:
         return dict(json.loads(child.stdout))
     except ValueError:
+        if child.returncode in (-signal.SIGINT, -signal.SIGTERM, 130):
+            raise Interrupted("interrupted while rows were prepared; nothing was written") from None
         reason = "it was killed: not enough memory" if child.returncode in (-9, 137) else f"exit code {child.returncode}"
         raise MachineError(f"preparing {data} failed: {reason}") from None
 
@@ -131,6 +134,8 @@ def main() -> int:
     except EdgeLoRAError as error:
         problems = error.problems if isinstance(error, DataError) else []
         answer = {"error": type(error).__name__, "message": error.message, "hint": error.hint, "problems": problems}
+    except KeyboardInterrupt:  # the parent gets it too, and says so
+        return 130
     print(json.dumps(answer), flush=True)
     return 0
 
@@ -149,8 +154,9 @@ def write_stores(data: str, tokenizer_folder: Path, out: Path, config: FinetuneC
                     writer.add("valid" if held_out else split, path, line, row)
                 bar.update(1)
     found.problems.refuse(data)
-    if not writer.rows.get("train"):
-        raise DataError(f"{data} leaves no row to train on", hint="give validation rows with --valid FILE")
+    for split, use in (("train", "train on"), ("valid", "validate with")):
+        if not writer.rows.get(split):
+            raise DataError(f"{data} leaves no row to {use}", hint="give other rows with --valid FILE")
     content = {
         "task": found.task.name,
         "labels": found.labels,
@@ -163,6 +169,10 @@ def write_stores(data: str, tokenizer_folder: Path, out: Path, config: FinetuneC
         "label_counts": found.label_counts,
     }
     write_json(out / PREPARED, content)
+    trained = set(found.hashes["train"])
+    for split in set(found.files) - {"train"}:
+        if common := sum(value in trained for value in found.hashes[split]):
+            console.warn(f"{common} of the {writer.rows[split]} {split} rows are in training too: their scores will flatter")
     if writer.truncated:
         console.warn(f"{writer.truncated} rows were cut to {max_length} tokens")
 
