@@ -17,6 +17,7 @@ from edgelora.models.layout import decoder_shapes
 from edgelora.models.weights import map_bytes
 
 UNPACKED = {"F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"}
+ROWS = 1024
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight")
 
 
@@ -89,8 +90,11 @@ def read_tensor(path: Path, entry: dict[str, Any]) -> Tensor:
         tensor = torch.from_numpy(data).view(plain[entry["type"]])
     else:
         rows = data.reshape(math.prod(stored[:-1]), -1)
-        values = quants.dequantize(rows, GGMLQuantizationType[entry["type"]])
-        tensor = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+        values = np.empty((len(rows), stored[-1]), dtype=np.float32)
+        # Some rows at a time: the gguf package makes several temporaries of the size of what it unpacks.
+        for start in range(0, len(rows), ROWS):
+            values[start : start + ROWS] = quants.dequantize(rows[start : start + ROWS], GGMLQuantizationType[entry["type"]])
+        tensor = torch.from_numpy(values)
     return _restore(tensor.view(stored), entry)
 
 

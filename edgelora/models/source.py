@@ -18,7 +18,7 @@ from edgelora.errors import ModelError
 from edgelora.folder import MANIFEST, read_manifest
 from edgelora.models.convert import converted
 from edgelora.models.names import canonical_names
-from edgelora.models.weights import Entry, folder_entries, read_entry
+from edgelora.models.weights import folder_entries, read_entry
 
 if TYPE_CHECKING:
     from edgelora.quant.checkpoint import MergedCheckpoint
@@ -135,7 +135,7 @@ def _open_folder(path: Path, reference: str, license_name: str | None, trust_rem
     mark = fingerprint([path / "config.json", *sorted({entry.path for entry in entries.values()})])
     folder = path if (path / "tokenizer.json").is_file() else _with_tokenizer(path, mark)
     tensors = {name: (entry.shape, _reader(read_entry, entry)) for name, entry in entries.items()}
-    return ModelSource(reference, "folder", folder, config, license_name or card_license(path), mark, tensors)
+    return ModelSource(reference, "folder", folder, config, card_license(path) or license_name, mark, tensors)
 
 
 def _with_tokenizer(path: Path, mark: str) -> Path:
@@ -149,17 +149,12 @@ def _with_tokenizer(path: Path, mark: str) -> Path:
 
 
 def _open_merged(path: Path, reference: str, manifest: dict[str, Any]) -> ModelSource:
-    from edgelora.quant.checkpoint import MergedCheckpoint
+    from edgelora.quant.checkpoint import WEIGHTS, MergedCheckpoint
 
-    checkpoint = MergedCheckpoint(path)
-    entries: dict[str, Entry] = folder_entries(path)
-    tensors = {
-        name: (entry.shape, _reader(checkpoint.read, name))
-        for name, entry in entries.items()
-        if not name.endswith((".codes", ".scales"))
-    }
+    checkpoint = MergedCheckpoint.open(path)
+    tensors = {name: (checkpoint.shape(name), _reader(checkpoint.read, name)) for name in checkpoint.names()}
     model = manifest.get("model") or {}
-    mark = fingerprint(sorted({entry.path for entry in entries.values()}))
+    mark = fingerprint([path / WEIGHTS])
     return ModelSource(reference, "merged", path, read_config(path), model.get("license"), mark, tensors, checkpoint)
 
 

@@ -63,7 +63,9 @@ def encoder_layout(config: dict[str, Any]) -> Layout:
     Linear layers of the encoder and the word embedding go on the grid. The classification head (everything outside of the
     encoder) was trained as it is and stays fp32, like the norms, biases and the small position and type embeddings.
     """
-    model = classifier_on_meta(config)
+    from edgelora.models.encoder import build_network
+
+    model = build_network(config)
     prefix = f"{model.base_model_prefix}."
     words = model.get_input_embeddings()
     modules = dict(model.named_modules())
@@ -72,19 +74,3 @@ def encoder_layout(config: dict[str, Any]) -> Layout:
     quantized = {f"{path}.weight" for path in (*linears, *embeddings)}
     plain = tuple(name for name in model.state_dict() if name not in quantized)
     return Layout(linears, embeddings, plain, prefix, type(model).__name__)
-
-
-def classifier_on_meta(config: dict[str, Any], *, num_labels: int | None = None) -> Any:
-    """Return transformers' AutoModelForSequenceClassification of a config.json, its tensors on the meta device."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification
-
-    kind = str(config.get("model_type"))
-    values = {key: value for key, value in config.items() if key != "model_type"}
-    if num_labels is not None:
-        values["num_labels"] = num_labels
-    try:
-        settings = AutoConfig.for_model(kind, **values)
-        with torch.device("meta"):
-            return AutoModelForSequenceClassification.from_config(settings).eval()
-    except ValueError:
-        raise ModelError(f'transformers has no sequence-classification model for the model type "{kind}"') from None
