@@ -76,12 +76,15 @@ def table(title: str, rows: Sequence[Mapping[str, object]]) -> None:
     from rich.table import Table
 
     names = list(dict.fromkeys(name for row in rows for name in row))
-    drawn = Table(title=escape(title) if title else None, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    drawn = Table(box=box.SIMPLE_HEAD)
     for name in names:
         numeric = all(isinstance(row.get(name), int | float | None) for row in rows)
         drawn.add_column(escape(name), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         drawn.add_row(*(escape(show(row.get(name))) for name in names))
+    # rich breaks a title at the table's width; a line above it is not broken.
+    if title:
+        markup(f"[bold]{escape(title)}[/bold]")
     _console(_table_stream()).print(drawn)
 
 

@@ -202,7 +202,8 @@ def largest_tensor(shape: ModelShape) -> int:
 def training_operations(shape: ModelShape, settings: Settings, tokens: int, supervised: int) -> float:
     """Return the floating-point operations of training on `tokens` tokens, two for a multiplication and addition.
 
-    Forward 2·N, backward for activations 2·N, recomputation 2·N; the adapters' three products; the head 4·V·H at supervised positions.
+    Forward 2·N, backward for activations 2·N, recomputation 2·N; the adapters' three products; the head
+    4·V·H at supervised positions.
     """
     passes = 6 if settings.gradient_checkpointing else 4
     head = 0 if shape.encoder else 4 * shape.vocab * shape.hidden

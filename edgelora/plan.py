@@ -30,6 +30,7 @@ EFFICIENCY = (
 )
 UNPACKING = {32: 0.0, 16: 0.15e-9, 8: 0.2e-9, 4: 0.5e-9}  # seconds per weight and pass
 SUPERVISED = 0.6  # share of tokens that is trained on, where the rows have not told
+DEFAULT_LENGTH = 1024  # tokens of a row, where neither the user nor the model sets fewer
 STEP_SECONDS = 0.03  # optimizer, clipping, log
 
 
@@ -74,6 +75,8 @@ def make_plan(
     lengths: tokens of each training row; supervised: their share that is trained on.
     Raises MachineError with the least that would do when none fits, SettingsError for target modules that match nothing.
     """
+    from edgelora.train.run import length_limit
+
     task = task or config.task or guess_task(source)
     shape = ModelShape.of(source, task)
     budget = config.ram or (hardware.available_memory() + round(hardware.rss_mb() * MB)) // 2
@@ -84,7 +87,8 @@ def make_plan(
         parts = costs.memory_parts(shape, settings, work.largest[settings.micro_batch], process)
         tried.append((sum(parts.values()), settings, parts))
         if tried[-1][0] <= budget:
-            return complete(shape, tried, work, config, budget, supervised)
+            limit = min(config.max_length or DEFAULT_LENGTH, length_limit(source.config))
+            return complete(shape, tried, work, config, budget, supervised, limit)
     raise too_little(tried, budget, config)
 
 
@@ -141,7 +145,7 @@ def lay_out(lengths: NDArray[np.int64], config: FinetuneConfig, *, padded: bool)
 
 def complete(
     shape: ModelShape, tried: list[tuple[int, Settings, dict[str, int]]], work: Work, config: FinetuneConfig, budget: int,
-    supervised: float,
+    supervised: float, limit: int,
 ) -> Plan:  # fmt: skip
     """Return the plan of the last settings tried."""
     peak, settings, parts = tried[-1]
@@ -151,7 +155,7 @@ def complete(
         micro_batch=settings.micro_batch,
         gradient_checkpointing=settings.gradient_checkpointing,
         threads=threads,
-        max_length=max(work.largest[min(work.largest)], 1),
+        max_length=limit,
         predicted_peak_mb=round(peak / MB, 1),
         seconds=round(predict_seconds(shape, settings, work, threads, supervised), 1),
         budget_mb=round(budget / MB, 1),
@@ -216,7 +220,7 @@ def plan(model: str, data: str, config: FinetuneConfig) -> dict[str, Any]:
 
     source = open_model(model, trust_remote_code=config.trust_remote_code)
     with tempfile.TemporaryDirectory() as folder:
-        longest = min(config.max_length or 1024, length_limit(source.config))
+        longest = min(config.max_length or DEFAULT_LENGTH, length_limit(source.config))
         prepared = prepare(data, source.folder, Path(folder) / "data", config, max_length=longest)
         share = prepared.supervised["train"] / prepared.tokens["train"]
         lengths = prepared.store("train").lengths

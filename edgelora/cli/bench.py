@@ -23,7 +23,5 @@ def bench(bundle: Path, **options: Any) -> dict[str, Any]:
 
     with console.progress("measuring"):
         result = measure(bundle, **options)
-    console.facts(
-        f"{bundle}", {name.replace("_", " "): value for name, value in result.items() if not isinstance(value, dict | list)}
-    )
+    console.table(f"{bundle}, {result['precision']}, {result['threads']} threads", result["table"])
     return result

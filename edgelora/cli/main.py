@@ -40,7 +40,9 @@ class Line(click.Group):
             raise UserError(message, hint="edgelora --help")
         return super().resolve_command(ctx, args)
 
-    def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> Any:
+    def main(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any
+    ) -> Any:
         extra.pop("standalone_mode", None)
         given = list(sys.argv[1:] if args is None else args)
         # Before the verb's options are read, so that a message about them already comes in the form asked for.

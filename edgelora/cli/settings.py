@@ -60,25 +60,31 @@ def toml_only(config_class: type) -> str:
 
 
 def _option(field: dataclasses.Field[Any], annotation: Any) -> Callable[[Decorated], Decorated]:
-    kinds = [kind for kind in (get_args(annotation) or (annotation,)) if kind not in (type(None), Ellipsis)]
-    kind, flag, text = kinds[0], "--" + field.name.replace("_", "-"), field.metadata["help"]
+    flag, text, choices = "--" + field.name.replace("_", "-"), field.metadata["help"], field.metadata["choices"]
+    # Of `tuple[str, ...] | None` the first member says what a value is.
+    kind = annotation if get_origin(annotation) is tuple else (get_args(annotation) or (annotation,))[0]
     if kind is bool:
-        return click.option(f"{flag}/--no-{flag[2:]}", field.name, default=None, help=text)
-    if get_origin(annotation) is tuple:
-        return click.option(flag, field.name, multiple=True, type=kind, help=text)
+        return _switch(flag, field.name, text)
+    if get_origin(kind) is tuple:
+        return click.option(flag, field.name, multiple=True, type=str, help=text)
     if field.default is not None:
         text += f"  [default: {field.default}]"
-    choices = field.metadata["choices"]
-    shown: dict[str, Any] = {}
+    shown: dict[str, Any] = {"type": _choice(choices, kind) if choices else kind}
     if field.name == "ram":
         shown = {"type": BYTES, "metavar": "1GB"}
     elif field.name == "columns":
         shown = {"type": COLUMNS, "metavar": "OURS=THEIRS,…"}
-    elif choices:
-        shown = {"type": _choice(choices, kind)}
-    else:
-        shown = {"type": kind}
     return click.option(flag, field.name, default=None, help=text, **shown)
+
+
+def _switch(flag: str, name: str, text: str) -> Callable[[Decorated], Decorated]:
+    """Return --name and, out of sight in the help, --no-name, which takes back what a TOML file says."""
+
+    def decorate(function: Decorated) -> Decorated:
+        off = click.option(f"--no-{flag[2:]}", name, flag_value=False, default=None, type=bool, hidden=True)
+        return click.option(flag, name, flag_value=True, default=None, type=bool, help=text)(off(function))
+
+    return decorate
 
 
 def _choice(choices: tuple[Any, ...], kind: type) -> click.ParamType[Any]:
