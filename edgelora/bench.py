@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import edgelora
-from edgelora.errors import MachineError
+from edgelora.errors import EdgeLoRAError, MachineError
 
 PROMPT_TOKENS = 256
 NEW_TOKENS = 128
@@ -56,8 +56,8 @@ def in_child(bundle: Path, threads: int) -> dict[str, float]:
     command = [sys.executable, "-P", "-m", "edgelora.bench", str(bundle.resolve()), str(threads)]
     child = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, check=False)
     if child.returncode:
-        last = child.stderr.strip().splitlines()[-1:] or [f"exit code {child.returncode}"]
-        raise MachineError(f"measuring {bundle} failed: {last[0]}")
+        killed = f"exit code {child.returncode}" + (", not enough memory" if child.returncode == -9 else "")
+        raise MachineError(f"measuring {bundle} failed: {child.stderr.strip() or killed}")
     figures: dict[str, float] = json.loads(child.stdout)
     return figures
 
@@ -127,5 +127,15 @@ def table(result: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"measured": text, "value": result[name]} for name, text in names.items() if name in result]
 
 
+def main(bundle: str, threads: str) -> int:
+    """The child's end: figures as JSON on stdout, or a message on stderr."""
+    try:
+        print(json.dumps(measure(Path(bundle), int(threads))))
+    except EdgeLoRAError as error:
+        print(error.message, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
 if __name__ == "__main__":
-    print(json.dumps(measure(Path(sys.argv[1]), int(sys.argv[2]))))
+    sys.exit(main(*sys.argv[1:3]))
