@@ -103,3 +103,29 @@ def test_what_cannot_be_is_refused(decoder_bundle: Path, tmp_path: Path) -> None
         evaluate(decoder_bundle, data, task="text-classification")
     with pytest.raises(DataError, match="wants the columns"):
         evaluate(decoder_bundle, data)
+
+
+@pytest.mark.parametrize("kind", ["decoder", "classifier"])
+def test_a_run_its_merge_and_its_bundle_score_alike(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    from edgelora.config import FinetuneConfig
+    from edgelora.export.export import export
+    from edgelora.merge import merge
+    from edgelora.train.finetune import finetune
+
+    pairs = [{"prompt": f"say {n}", "completion": f"ok {n}"} for n in range(30)]
+    texts = [{"text": f"number {n}", "label": ("odd", "even")[n % 2]} for n in range(30)]
+    data = write_jsonl(tmp_path / "rows.jsonl", pairs if kind == "decoder" else texts)
+    config = FinetuneConfig(max_steps=4, threads=1, base_bits=32, seed=1)
+    model = request.getfixturevalue(f"{kind}_model")
+    trained = finetune(str(model), data, tmp_path / "run", config)
+    own = evaluate(tmp_path / "run", threads=1)
+    assert own["split"] == "valid"
+    assert own["metrics"]["loss"] == pytest.approx(trained["valid"]["loss"])
+    merge(tmp_path / "run", tmp_path / "merged", precision="fp32")
+    export(str(tmp_path / "merged"), tmp_path / "bundle", precision="fp32")
+    results = [evaluate(tmp_path / stage, data, threads=1) for stage in ("run", "merged", "bundle")]
+    assert [result["kind"] for result in results] == ["run", "merged", "bundle"]
+    losses = [result["metrics"]["loss"] for result in results]
+    assert losses[1:] == pytest.approx(losses[:1] * 2, rel=tolerances.ONNX_FP32_LINE_LOSS)
+    if kind == "decoder":  # a classifier's base has no head for these labels
+        assert losses[0] < evaluate(model, data, threads=1)["metrics"]["loss"]
