@@ -11,7 +11,8 @@ import tiny
 
 # family → (architecture, whether q and k rows are permuted, what is added to norms)
 ARCHITECTURES = {
-    "llama": ("llama", True, 0.0), "llama3": ("llama", True, 0.0), "mistral": ("llama", True, 0.0), "qwen2": ("qwen2", False, 0.0),
+    "llama": ("llama", True, 0.0), "llama3": ("llama", True, 0.0), "mistral": ("llama", True, 0.0),
+    "qwen2": ("qwen2", False, 0.0),
     "qwen3": ("qwen3", False, 0.0), "gemma": ("gemma", False, 1.0), "gemma2": ("gemma2", False, 1.0),
     "gemma3_text": ("gemma3", False, 1.0), "phi3": ("phi3", False, 0.0), "smollm3": ("smollm3", True, 0.0),
     "olmo2": ("olmo2", False, 0.0), "granite": ("granite", True, 0.0), "gpt2": ("gpt2", False, 0.0),

@@ -54,7 +54,9 @@ def test_config_and_tensors_equal_the_folder(family: str, make: Callable[..., tu
     from_gguf = ModelSource("x", "gguf", folder, config, None, "", {n: (t.shape, (lambda t=t: t)) for n, t in wanted.items()})
     ids, starts = torch.tensor([5, 9, 200, 31, 7, 90, 14, 3]), torch.tensor([0, 8])
     first, second = (load_decoder(source, base_bits=32) for source in (from_gguf, open_model(str(folder))))
-    torch.testing.assert_close(first.logits(first.hidden(ids, starts)), second.logits(second.hidden(ids, starts)), **LOGITS_FP32)
+    torch.testing.assert_close(
+        first.logits(first.hidden(ids, starts)), second.logits(second.hidden(ids, starts)), **LOGITS_FP32
+    )
 
 
 @pytest.mark.parametrize(("kind", "error"), [("F16", 1e-3), ("Q8_0", 0.01), ("Q4_1", 0.1), ("Q4_0", 0.13)])
@@ -106,7 +108,9 @@ def test_smollm2_answers_and_equals_transformers(tmp_path: Path) -> None:
     from edgelora.tokenizer import Tokenizer
 
     source = open_model(SMOLLM)
-    save_file({name: source.read(name).contiguous() for name in source.names()}, tmp_path / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: source.read(name).contiguous() for name in source.names()}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
     (tmp_path / "config.json").write_text(json.dumps(source.config))
     tokenizer = Tokenizer.from_folder(source.folder)
     prompt = tokenizer.encode_chat([{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True)

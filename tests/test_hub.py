@@ -25,7 +25,8 @@ from edgelora.errors import EdgeLoRAError
 from edgelora.models.source import open_model
 try:
     source = open_model(sys.argv[1])
-    print(json.dumps({"names": len(source.names()), "files": sorted(p.name for p in source.folder.iterdir()), "license": source.license}))
+    files = sorted(p.name for p in source.folder.iterdir())
+    print(json.dumps({"names": len(source.names()), "files": files, "license": source.license}))
 except EdgeLoRAError as error:
     print(json.dumps({"error": type(error).__name__, "message": error.message, "hint": error.hint}))
 """
@@ -80,10 +81,18 @@ def hub(tmp_path: Path) -> Iterator[tuple[ThreadingHTTPServer, list[str]]]:
 
 def opened(reference: str, home: Path, port: int, **more: str) -> dict[str, object]:
     """Open a model in a process of its own, since huggingface_hub reads its environment at import."""
-    environment = {**os.environ, "HF_HOME": str(home), "HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HUB_DISABLE_XET": "1", **more}
+    environment = {
+        **os.environ,
+        "HF_HOME": str(home),
+        "HF_ENDPOINT": f"http://127.0.0.1:{port}",
+        "HF_HUB_DISABLE_XET": "1",
+        **more,
+    }
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "all_proxy", "HF_TOKEN"):
         environment.pop(name, None)
-    result = subprocess.run([sys.executable, "-c", OPEN, reference], capture_output=True, text=True, env=environment, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", OPEN, reference], capture_output=True, text=True, env=environment, check=True
+    )
     return dict(json.loads(result.stdout.strip().splitlines()[-1]))
 
 
@@ -119,7 +128,14 @@ def test_never_fetched_and_offline(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("reference", "expected"),
-    [("acme/tiny", True), ("acme/tiny@v1.0", True), ("./acme/tiny", False), ("/acme/tiny", False), ("tiny", False), ("a/b/c", False)],
+    [
+        ("acme/tiny", True),
+        ("acme/tiny@v1.0", True),
+        ("./acme/tiny", False),
+        ("/acme/tiny", False),
+        ("tiny", False),
+        ("a/b/c", False),
+    ],
 )
 def test_what_looks_like_a_hub_id(reference: str, expected: bool) -> None:
     assert looks_like_hub_id(reference) is expected

@@ -1,4 +1,4 @@
-"""The decoder's parts: loss against autograd, documents that do not see each other, generation, frozen layers of every width."""
+"""The decoder's parts: loss against autograd, documents apart from each other, generation, frozen layers of every width."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_a_tensor_on_the_grid_is_kept_and_rows_are_looked_up() -> None:
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mistral"])
 def test_documents_do_not_see_each_other(family: str, tmp_path: Path) -> None:
     model = load_decoder(open_model(str(tiny.save_decoder(tmp_path / "m", family))), base_bits=32)
-    packed = model.hidden(torch.tensor(sum(DOCUMENTS, [])), torch.tensor([0, 11, 12, 18]))
+    packed = model.hidden(torch.tensor([token for ids in DOCUMENTS for token in ids]), torch.tensor([0, 11, 12, 18]))
     alone = torch.cat([model.hidden(torch.tensor(ids), torch.tensor([0, len(ids)])) for ids in DOCUMENTS])
     torch.testing.assert_close(packed, alone, **LOGITS_FP32)
     changed = model.hidden(torch.tensor([*DOCUMENTS[0][:-1], 99, *DOCUMENTS[1], *DOCUMENTS[2]]), torch.tensor([0, 11, 12, 18]))
@@ -140,8 +140,8 @@ def test_training_needs_no_transformers(tmp_path: Path) -> None:
 def test_linears_in_order_and_replaced(tmp_path: Path) -> None:
     model = load_decoder(open_model(str(tiny.save_decoder(tmp_path / "m"))), base_bits=8)
     paths = list(model.linears())
-    assert paths[:7] == [f"model.layers.0.{p}_proj" for p in
-                         ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")]  # fmt: skip
+    parts = ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.gate", "mlp.up", "mlp.down")
+    assert paths[:7] == [f"model.layers.0.{part}_proj" for part in parts]
     assert len(paths) == 14
     other = torch.nn.Identity()
     model.replace_linear(paths[8], other)

@@ -36,7 +36,9 @@ def edit_config(folder: Path, **values: object) -> None:
 def test_shards_read_like_one_file(folder: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).save_pretrained(
+        tmp_path / "shards", max_shard_size="20KB"
+    )
     tiny.save_tokenizer(tmp_path / "shards")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
     one, many = open_model(str(folder)), open_model(str(tmp_path / "shards"))

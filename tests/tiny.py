@@ -38,21 +38,23 @@ DECODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("Gemma2Config", {"sliding_window": 5, "query_pre_attn_scalar": 24, "attn_logit_softcapping": 2.0,
                                 "final_logit_softcapping": 1.5, "layer_types": SLIDING}),
     "gemma3_text": ("Gemma3TextConfig", {"sliding_window": 5, "query_pre_attn_scalar": 24, "layer_types": SLIDING,
-        "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}, "sliding_attention": LOCAL_ROPE}}),
+        "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                            "sliding_attention": LOCAL_ROPE}}),
     "phi3": ("Phi3Config", {"sliding_window": 6, "pad_token_id": 260, "head_dim": None}),
     "phi3_longrope": ("Phi3Config", {"pad_token_id": 260, "head_dim": None, "original_max_position_embeddings": 64,
         "partial_rotary_factor": 0.5,
-        "rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.1, 1.5], "long_factor": [2.0, 4.0],
-                            "original_max_position_embeddings": 64, "partial_rotary_factor": 0.5}}),
+        "rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.1, 1.5],
+                            "long_factor": [2.0, 4.0], "original_max_position_embeddings": 64, "partial_rotary_factor": 0.5}}),
     "smollm3": ("SmolLM3Config", {"no_rope_layers": [1, 0], "pad_token_id": 260, "head_dim": None}),
     "olmo2": ("Olmo2Config", {"head_dim": None}),
-    "granite": ("GraniteConfig", {"head_dim": None, "embedding_multiplier": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.4,
-                                  "logits_scaling": 2.0}),
+    "granite": ("GraniteConfig", {"head_dim": None, "embedding_multiplier": 3.0, "attention_multiplier": 0.3,
+                                  "residual_multiplier": 0.4, "logits_scaling": 2.0}),
     "gpt2": ("GPT2Config", {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 128, "vocab_size": VOCAB}),
 }  # fmt: skip
 ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("BertConfig", {}),
-    "roberta": ("RobertaConfig", {"pad_token_id": 260, "bos_token_id": 262, "eos_token_id": 263, "max_position_embeddings": 330}),
+    "roberta": ("RobertaConfig", {"pad_token_id": 260, "bos_token_id": 262, "eos_token_id": 263,
+                                  "max_position_embeddings": 330}),
     "distilbert": ("DistilBertConfig", {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4}),
     "electra": ("ElectraConfig", {"embedding_size": 32}),
     "mpnet": ("MPNetConfig", {"pad_token_id": 260, "max_position_embeddings": 330}),
@@ -74,7 +76,9 @@ def save_decoder(folder: Path, family: str = "llama", *, seed: int = 0, **overri
     return _save(folder, "AutoModelForCausalLM", getattr(transformers, name)(**values), seed)
 
 
-def save_encoder(folder: Path, family: str = "bert", *, labels: int = 3, base_only: bool = False, seed: int = 0, **overrides: Any) -> Path:
+def save_encoder(
+    folder: Path, family: str = "bert", *, labels: int = 3, base_only: bool = False, seed: int = 0, **overrides: Any
+) -> Path:
     """Save a random encoder of a family of ENCODERS: with a classification head, or its base alone as MiniLM is."""
     import transformers
 
@@ -110,8 +114,8 @@ def save_tokenizer(folder: Path, *, chat: bool = True) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     config: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"], "model_max_length": 128,
-        "bos_token": "<s>", "eos_token": "<|end|>", "pad_token": "<pad>", "unk_token": "<unk>",
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"],
+        "model_max_length": 128, "bos_token": "<s>", "eos_token": "<|end|>", "pad_token": "<pad>", "unk_token": "<unk>",
     }  # fmt: skip
     if chat:
         config["chat_template"] = CHAT_TEMPLATE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -52,7 +53,7 @@ class Cache:
 
     def fill(self, layer: int, starts: Sequence[int], keys: Tensor, values: Tensor) -> None:
         """Store the keys and values `[T, kv_heads, head_dim]` of whole documents."""
-        for row, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)):
+        for row, (start, stop) in enumerate(itertools.pairwise(starts)):
             self.keys[layer][row, :, : stop - start] = keys[start:stop].transpose(0, 1)
             self.values[layer][row, :, : stop - start] = values[start:stop].transpose(0, 1)
 
@@ -94,59 +95,56 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    out: Tensor = _Rotate.apply(x, *rotation)
+    out: Tensor = _Rotate.apply(x, *rotation)  # type: ignore[no-untyped-call]
     return out
 
 
-def attend_packed(
-    q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int], *, scale: float, window: int | None, softcap: float
-) -> Tensor:
-    """Causal attention inside each document; returns `[T, heads, head_dim]`.
+@dataclass(frozen=True)
+class Scores:
+    """How scores come from q and k: `scale` multiplies q·k, `window` tokens are seen at most (the current one included),
+    and `softcap`, unless 0, bounds them."""
 
-    `window` tokens are seen at most, the current one included; `softcap` bounds the scores.
-    """
+    scale: float
+    window: int | None
+    softcap: float
+
+
+def attend_packed(q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int], scores: Scores) -> Tensor:
+    """Causal attention inside each document; returns `[T, heads, head_dim]`."""
     parts = []
-    for start, stop in zip(starts, starts[1:], strict=False):
+    for start, stop in itertools.pairwise(starts):
         q1, k1, v1 = (x[start:stop].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-        length = stop - start
-        if softcap:
-            part = _attend_capped(q1, k1, v1, _causal_mask(length, window), scale, softcap)
-        elif window is not None and window < length:
-            part = F.scaled_dot_product_attention(
-                q1, k1, v1, attn_mask=_causal_mask(length, window), scale=scale, enable_gqa=True
-            )
-        else:
-            part = F.scaled_dot_product_attention(q1, k1, v1, is_causal=True, scale=scale, enable_gqa=True)
-        parts.append(part.squeeze(0).transpose(0, 1))
+        masked = scores.softcap or (scores.window is not None and scores.window < stop - start)
+        mask = _causal_mask(stop - start, scores.window) if masked else None
+        parts.append(_attend(q1, k1, v1, mask, scores).squeeze(0).transpose(0, 1))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def attend_cached(
-    q: Tensor, cache: Cache, layer: int, *, scale: float, window: int | None, softcap: float
-) -> Tensor:
+def attend_cached(q: Tensor, cache: Cache, layer: int, scores: Scores) -> Tensor:
     """Attention of one new token per document, `[B, heads, head_dim]`, to its cached positions and itself."""
     longest = int(cache.lengths.max()) + 1
     keys, values = cache.keys[layer][:, :, :longest], cache.values[layer][:, :, :longest]
-    position = torch.arange(longest)
-    seen = position <= cache.lengths.unsqueeze(-1)
-    if window is not None:
-        seen &= position > cache.lengths.unsqueeze(-1) - window
-    mask = seen[:, None, None]
-    if softcap:
-        return _attend_capped(q.unsqueeze(2), keys, values, mask, scale, softcap).squeeze(2)
-    return F.scaled_dot_product_attention(
-        q.unsqueeze(2), keys, values, attn_mask=mask, scale=scale, enable_gqa=True
-    ).squeeze(2)
+    position, last = torch.arange(longest), cache.lengths.unsqueeze(-1)
+    seen = position <= last
+    if scores.window is not None:
+        seen &= position > last - scores.window
+    return _attend(q.unsqueeze(2), keys, values, seen[:, None, None], scores).squeeze(2)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scores: Scores) -> Tensor:
+    """Attention `[B, heads, S, head_dim]` over what `mask` lets through; without a mask: causal."""
+    if not scores.softcap:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scores.scale, enable_gqa=True
+        )
+    # Scores capped as softcap * tanh(scores / softcap) (Gemma 2), which no fused kernel has.
+    assert mask is not None
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    capped = torch.tanh((q * (scores.scale / scores.softcap)) @ k.transpose(-1, -2)) * scores.softcap
+    return capped.masked_fill(~mask, float("-inf")).softmax(-1) @ v
 
 
 def _causal_mask(length: int, window: int | None) -> Tensor:
     mask = torch.ones(length, length, dtype=torch.bool).tril()
     return mask if window is None else mask.triu(1 - window)
-
-
-def _attend_capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float) -> Tensor:
-    """Attention with scores capped as softcap * tanh(scores / softcap) (Gemma 2), which no fused kernel has."""
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = torch.tanh((q * (scale / softcap)) @ k.transpose(-1, -2)) * softcap
-    return scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v

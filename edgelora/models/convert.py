@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,19 +17,19 @@ from typing import Any
 from edgelora.errors import EdgeLoRAError, ModelError
 from edgelora.folder import swap_in, write_json
 
+CONVERSION = 1  # raise it when the files come out differently: old ones in the cache are then made again
 # Digits one by one, then GPT-2's splitting: what llama.cpp calls these, and transformers' GGUF reader forgets
 DIGITS = {"smollm", "starcoder", "refact", "command-r", "codeshell"}
-SPLITS = {
-    "llama-bpe": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-    "qwen2": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-}
-SPLITS["dbrx"] = SPLITS["smaug-bpe"] = SPLITS["llama-bpe"]
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA_SPLIT = WORDS + r"\p{N}{1,3}" + REST
+SPLITS = {"llama-bpe": LLAMA_SPLIT, "dbrx": LLAMA_SPLIT, "smaug-bpe": LLAMA_SPLIT, "qwen2": WORDS + r"\p{N}" + REST}
 
 
 def cached_folder(fingerprint: str) -> Path:
     import platformdirs
 
-    return Path(platformdirs.user_cache_dir("edgelora")) / "models" / fingerprint[:32]
+    return Path(platformdirs.user_cache_dir("edgelora")) / "models" / f"{fingerprint[:32]}-{CONVERSION}"
 
 
 def converted(source: Path, fingerprint: str) -> Path:
@@ -41,20 +42,25 @@ def converted(source: Path, fingerprint: str) -> Path:
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = folder.with_name(f".{folder.name}.{os.getpid()}")
-    environment = {**os.environ, "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    result = subprocess.run(
-        [sys.executable, "-m", "edgelora.models.convert", str(source), str(staging)],
-        capture_output=True, text=True, encoding="utf-8", check=False, env=environment,
-    )  # fmt: skip
+    try:
+        _convert_in_child(source, staging)
+        if not (folder / "tokenizer.json").is_file():
+            swap_in(staging, folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return folder
+
+
+def _convert_in_child(source: Path, staging: Path) -> None:
+    quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-m", "edgelora.models.convert", str(source), str(staging)]
+    result = subprocess.run(command, capture_output=True, text=True, encoding="utf-8", check=False, env={**os.environ, **quiet})
     if result.returncode:
         last = (result.stderr.strip().splitlines() or ["no message"])[-1]
         if result.returncode == ModelError.exit_code:
             message, hint = json.loads(last)
             raise ModelError(message, hint=hint)
         raise ModelError(f"{source}: the tokenizer could not be converted: {last}")
-    if not (folder / "tokenizer.json").is_file():
-        swap_in(staging, folder)
-    return folder
 
 
 def convert_gguf(path: Path, folder: Path) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from edgelora.models.attention import Cache, Context, attend_cached, attend_packed, rotate
+from edgelora.models.attention import Cache, Context, Scores, attend_cached, attend_packed, rotate
 from edgelora.models.elementwise import FrozenNorm, activate, gated
 from edgelora.models.head import Head
 from edgelora.models.linear import FrozenEmbedding, FrozenLinear
@@ -31,7 +31,10 @@ class Block(nn.Module):
         return self._add(hidden_TH, self._norm("mlp_out", self._mlp(self._norm("mlp_in", hidden_TH))))
 
     def _norm(self, role: str, x: Tensor) -> Tensor:
-        return self.norms[role](x) if role in self.norms else x
+        if role not in self.norms:
+            return x
+        y: Tensor = self.norms[role](x)
+        return y
 
     def _add(self, hidden_TH: Tensor, update_TH: Tensor) -> Tensor:
         return torch.add(hidden_TH, update_TH, alpha=self.spec.residual_scale)
@@ -42,25 +45,29 @@ class Block(nn.Module):
         rope = spec.ropes[self.layer]
         if rope is not None:
             q, k = (rotate(x, context.rotation(rope)) for x in (q, k))
-        how = {"scale": spec.attention_scale, "window": spec.windows[self.layer], "softcap": spec.attention_softcap}
+        how = Scores(spec.attention_scale, spec.windows[self.layer], spec.attention_softcap)
         cache = context.cache
         if cache is not None and cache.started:
             cache.append(self.layer, k, v)
-            attended = attend_cached(q, cache, self.layer, **how)
+            attended = attend_cached(q, cache, self.layer, how)
         else:
             if cache is not None:
                 cache.fill(self.layer, context.starts, k, v)
-            attended = attend_packed(q, k, v, context.starts, **how)
-        return self.linears["o"](attended.reshape(x_TH.shape[0], -1))
+            attended = attend_packed(q, k, v, context.starts, how)
+        return self._linear("o", attended.reshape(x_TH.shape[0], -1))
+
+    def _linear(self, role: str, x: Tensor) -> Tensor:
+        y: Tensor = self.linears[role](x)
+        return y
 
     def _heads(self, x_TH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return q `[T, heads, head_dim]`, k and v `[T, kv_heads, head_dim]`, normed where the family norms them."""
         spec = self.spec
         if "qkv" in self.linears:
             sizes = [spec.num_heads * spec.head_dim, *2 * [spec.num_kv_heads * spec.head_dim]]
-            q, k, v = self.linears["qkv"](x_TH).split(sizes, -1)
+            q, k, v = torch.split(self._linear("qkv", x_TH), sizes, -1)
         else:
-            q, k, v = (self.linears[role](x_TH) for role in ("q", "k", "v"))
+            q, k, v = (self._linear(role, x_TH) for role in ("q", "k", "v"))
         if spec.qk_norm == "full":
             q, k = self._norm("q_norm", q), self._norm("k_norm", k)
         q, k, v = (x.view(x.shape[0], -1, spec.head_dim) for x in (q, k, v))
@@ -71,13 +78,18 @@ class Block(nn.Module):
     def _mlp(self, x_TH: Tensor) -> Tensor:
         kind = self.spec.activation
         if "gate_up" in self.linears:
-            gate, up = self.linears["gate_up"](x_TH).chunk(2, -1)
+            gate, up = self._linear("gate_up", x_TH).chunk(2, -1)
             inner = gated(gate, up, kind)
         elif "gate" in self.linears:
-            inner = gated(self.linears["gate"](x_TH), self.linears["up"](x_TH), kind)
+            inner = gated(self._linear("gate", x_TH), self._linear("up", x_TH), kind)
         else:
-            inner = activate(self.linears["up"](x_TH), kind)
-        return self.linears["down"](inner)
+            inner = activate(self._linear("up", x_TH), kind)
+        return self._linear("down", inner)
+
+
+def positions_of(starts: Tensor) -> Tensor:
+    """Return the position of each token in its document, int64 `[T]`, for boundaries `[D + 1]`."""
+    return torch.arange(int(starts[-1])) - torch.repeat_interleave(starts[:-1], starts.diff())
 
 
 class Decoder(nn.Module):
@@ -107,12 +119,10 @@ class Decoder(nn.Module):
         ids_T: int64 `[T]`, all documents one after the other; starts: int64 `[D + 1]`, 0 first and T last.
         """
         bounds = [int(start) for start in starts]
-        lengths = torch.tensor([stop - start for start, stop in zip(bounds, bounds[1:], strict=False)])
-        positions = torch.arange(len(ids_T)) - torch.repeat_interleave(torch.tensor(bounds[:-1]), lengths)
-        return self._run(ids_T, Context(bounds, positions))
+        return self._run(ids_T, Context(bounds, positions_of(torch.tensor(bounds))))
 
     def _run(self, ids_T: Tensor, context: Context) -> Tensor:
-        hidden_TH = self.embed(ids_T)
+        hidden_TH: Tensor = self.embed(ids_T)
         if self.spec.embedding_scale != 1.0:
             hidden_TH = hidden_TH * self.spec.embedding_scale
         if self.positions is not None:
@@ -123,7 +133,8 @@ class Decoder(nn.Module):
                 hidden_TH = checkpoint(block, hidden_TH, context, use_reentrant=False)
             else:
                 hidden_TH = block(hidden_TH, context)
-        return self.final_norm(hidden_TH)
+        normed: Tensor = self.final_norm(hidden_TH)
+        return normed
 
     def nll(self, hidden_SH: Tensor, targets_S: Tensor) -> Tensor:
         """Return the summed negative log-likelihood of the targets int64 `[S]` after the hidden states `[S, H]`."""
@@ -134,9 +145,7 @@ class Decoder(nn.Module):
         return self.head.logits(hidden_SH)
 
     @torch.no_grad()
-    def generate(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: frozenset[int]
-    ) -> list[list[int]]:
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: frozenset[int]) -> list[list[int]]:
         """Return the greedy continuation of each prompt, without the stop token.
 
         All prompts run together, one new token of each per step; a finished one leaves the batch.
@@ -168,25 +177,25 @@ class Decoder(nn.Module):
     def _prefill(self, prompts: Sequence[Sequence[int]], starts: Tensor, cache: Cache) -> Tensor:
         """Run the prompts into the cache and return the hidden state of each one's last token, `[B, H]`."""
         ids = torch.tensor([token for prompt in prompts for token in prompt])
-        lengths = starts.diff()
-        positions = torch.arange(len(ids)) - torch.repeat_interleave(starts[:-1], lengths)
-        hidden_TH = self._run(ids, Context(starts.tolist(), positions, cache=cache))
-        cache.lengths += lengths
+        hidden_TH = self._run(ids, Context(starts.tolist(), positions_of(starts), cache=cache))
+        cache.lengths += starts.diff()
         return hidden_TH[starts[1:] - 1]
 
     def linears(self) -> dict[str, nn.Module]:
         """Return the layers that adapters may go to, by checkpoint path in model order; the LM head is not among them."""
-        return {
-            self.spec.weight(role, layer): block.linears[role]
-            for layer, block in enumerate(self.blocks)
-            for role in self.spec.linear_roles
-        }
+        return {self.spec.weight(role, layer): layers[role] for layer, role, layers in self._places()}
 
     def replace_linear(self, path: str, module: nn.Module) -> None:
         """Put `module` in the place of the layer at `path`; raises KeyError for a path that `linears` does not name."""
-        for layer, block in enumerate(self.blocks):
-            for role in self.spec.linear_roles:
-                if self.spec.weight(role, layer) == path:
-                    block.linears[role] = module
-                    return
+        for layer, role, layers in self._places():
+            if self.spec.weight(role, layer) == path:
+                layers[role] = module
+                return
         raise KeyError(path)
+
+    def _places(self) -> Iterator[tuple[int, str, nn.ModuleDict]]:
+        """Yield (layer, role, the block's layers by role) of every linear layer."""
+        for layer, block in enumerate(self.blocks):
+            assert isinstance(block, Block)
+            for role in self.spec.linear_roles:
+                yield layer, role, block.linears

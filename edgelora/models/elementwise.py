@@ -17,7 +17,8 @@ class _RMSNorm(torch.autograd.Function):
         mean = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
         inverse = mean.add_(eps).rsqrt_()
         ctx.save_for_backward(x, inverse, weight)
-        return (x * inverse).mul_(weight)
+        y: Tensor = (x * inverse).mul_(weight)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
@@ -42,7 +43,7 @@ class FrozenNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.kind == "layer":
             return F.layer_norm(x, (x.shape[-1],), self.weight, self.bias, self.eps)
-        y: Tensor = _RMSNorm.apply(x, self.weight, self.eps)
+        y: Tensor = _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
         return y
 
 
@@ -56,10 +57,12 @@ def _activate(x: Tensor, kind: str) -> Tensor:
 
 def _activation_gradient(grad: Tensor, x: Tensor, kind: str) -> Tensor:
     if kind == "silu":
-        return torch.ops.aten.silu_backward(grad, x)
-    if kind == "relu":
-        return torch.ops.aten.threshold_backward(grad, x, 0)
-    return torch.ops.aten.gelu_backward(grad, x, approximate="tanh" if kind == "gelu_tanh" else "none")
+        gradient: Tensor = torch.ops.aten.silu_backward(grad, x)
+    elif kind == "relu":
+        gradient = torch.ops.aten.threshold_backward(grad, x, 0)
+    else:
+        gradient = torch.ops.aten.gelu_backward(grad, x, approximate="tanh" if kind == "gelu_tanh" else "none")
+    return gradient
 
 
 class _Gated(torch.autograd.Function):
@@ -80,7 +83,7 @@ class _Gated(torch.autograd.Function):
 
 def gated(gate: Tensor, up: Tensor, kind: str) -> Tensor:
     """Return act(gate) * up (GLU variants, arXiv 2002.05202)."""
-    y: Tensor = _Gated.apply(gate, up, kind)
+    y: Tensor = _Gated.apply(gate, up, kind)  # type: ignore[no-untyped-call]
     return y
 
 

@@ -60,7 +60,9 @@ class Encoder(nn.Module):
         found: dict[str, nn.Module] = {}
         for path, module in self.network.named_modules():
             inside_adapter = any(path.startswith(f"{outer}.") for outer in found)
-            if not inside_adapter and (isinstance(module, FrozenLinear) or isinstance(getattr(module, "base", None), FrozenLinear)):
+            if not inside_adapter and (
+                isinstance(module, FrozenLinear) or isinstance(getattr(module, "base", None), FrozenLinear)
+            ):
                 found[path] = module
         return found
 
@@ -121,7 +123,7 @@ def parameters_on_meta() -> Iterator[None]:
             return parameter
         return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
 
-    handle = torch.nn.modules.module.register_module_parameter_registration_hook(to_meta)
+    handle = torch.nn.modules.module.register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
     try:
         yield
     finally:
@@ -152,7 +154,9 @@ def _fill(
             heads.append(path.rsplit(".pooler.", 1)[0] + ".pooler")
         elif missing or wrong:
             problems += [f"{name}: missing" for name in missing]
-            problems += [f"{name}: shape {list(source.shape(name))}, config.json asks for {list(own[name].shape)}" for name in wrong]
+            problems += [
+                f"{name}: shape {list(source.shape(name))}, config.json asks for {list(own[name].shape)}" for name in wrong
+            ]
         elif isinstance(module, nn.Linear) and not in_head:
             bias = source.read(f"{path}.bias") if module.bias is not None else None
             _replace(network, path, FrozenLinear.from_weight(path, source.read_linear(path), bias, bits, block_size))

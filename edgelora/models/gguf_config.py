@@ -52,7 +52,9 @@ GPT2 = {
 }
 
 
-def gguf_config(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], factors: Mapping[str, list[float]]) -> dict[str, Any]:
+def gguf_config(
+    fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], factors: Mapping[str, list[float]]
+) -> dict[str, Any]:
     """Return the config.json of a GGUF file.
 
     fields: its metadata; shapes: its tensors by GGUF name, `[outputs, inputs]`; factors: the content of its rope_* tensors.
@@ -71,7 +73,9 @@ def gguf_config(fields: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]
     config["vocab_size"] = shapes["token_embd.weight"][0]
     config["tie_word_embeddings"] = "output.weight" not in shapes
     for name in ("bos", "eos", "padding", "unknown"):
-        config[{"padding": "pad", "unknown": "unk"}.get(name, name) + "_token_id"] = fields.get(f"tokenizer.ggml.{name}_token_id")
+        config[{"padding": "pad", "unknown": "unk"}.get(name, name) + "_token_id"] = fields.get(
+            f"tokenizer.ggml.{name}_token_id"
+        )
     if arch == "gpt2":
         return config | {"activation_function": "gelu_new"}
     missing = [f"{arch}.{key}" for key in list(COMMON)[:5] if COMMON[key] not in config]

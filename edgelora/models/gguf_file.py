@@ -55,7 +55,8 @@ def read_index(path: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, An
         else:
             tensor = tensors[stored]
             entries[name] = {
-                "type": tensor.tensor_type.name, "shape": shape, "offset": int(tensor.data_offset), "bytes": int(tensor.n_bytes),
+                "type": tensor.tensor_type.name, "shape": shape,
+                "offset": int(tensor.data_offset), "bytes": int(tensor.n_bytes),
                 "form": _form(fields["general.architecture"], name, linear), "heads": _heads(spec, path_part),
             }  # fmt: skip
     if problems:

@@ -33,7 +33,7 @@ class Head:
 
     def nll(self, hidden_SH: Tensor, targets_S: Tensor) -> Tensor:
         """Return the summed negative log-likelihood of the targets, a scalar with a gradient to `hidden_SH`."""
-        total: Tensor = _NegativeLogLikelihood.apply(hidden_SH, targets_S, self)
+        total: Tensor = _NegativeLogLikelihood.apply(hidden_SH, targets_S, self)  # type: ignore[no-untyped-call]
         return total
 
     def logits(self, hidden_SH: Tensor) -> Tensor:

@@ -32,11 +32,12 @@ def norm_size(spec: DecoderSpec, role: str) -> int:
 
 
 def _norm(spec: DecoderSpec, role: str, layer: int | None) -> dict[str, Shape]:
-    path, shape = spec.weight(role, layer), (norm_size(spec, role),)
+    path = spec.weight(role, layer)
+    shape: Shape = (norm_size(spec, role),)
     return {f"{path}.weight": shape} | ({f"{path}.bias": shape} if spec.norm.kind == "layer" else {})
 
 
 def _linear(spec: DecoderSpec, role: str, layer: int) -> dict[str, Shape]:
     path, (outputs, inputs) = spec.weight(role, layer), spec.linear_shape(role)
-    weight = {f"{path}.weight": (inputs, outputs) if spec.transposed else (outputs, inputs)}
+    weight: dict[str, Shape] = {f"{path}.weight": (inputs, outputs) if spec.transposed else (outputs, inputs)}
     return weight | ({f"{path}.bias": (outputs,)} if role in spec.biases else {})

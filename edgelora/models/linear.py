@@ -158,7 +158,7 @@ class FrozenLinear(nn.Module):
         data = self.weight.data
         if isinstance(data, Tensor) and data.dtype == torch.float32:
             return F.linear(x, data, self.bias)
-        y: Tensor = _Product.apply(x, self.weight)
+        y: Tensor = _Product.apply(x, self.weight)  # type: ignore[no-untyped-call]
         return y if self.bias is None else y.add_(self.bias)
 
     def extra_repr(self) -> str:

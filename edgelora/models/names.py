@@ -11,9 +11,12 @@ BASE_PREFIXES = {
     "gpt2": "transformer", "bert": "bert", "roberta": "roberta", "xlm-roberta": "roberta", "camembert": "roberta",
     "distilbert": "distilbert", "electra": "electra", "mpnet": "mpnet", "deberta": "deberta", "deberta-v2": "deberta",
     "modernbert": "model", "albert": "albert",
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "smollm3", "olmo2", "granite"), "model"),
+    "llama": "model", "mistral": "model", "qwen2": "model", "qwen3": "model", "gemma": "model", "gemma2": "model",
+    "gemma3_text": "model", "phi3": "model", "smollm3": "model", "olmo2": "model", "granite": "model",
 }  # fmt: skip
-HEADS = ("lm_head.", "classifier.", "pre_classifier.", "cls.", "predictions.", "qa_outputs.", "score.", "head.", "vocab_", "pooler.")
+HEADS = (
+    "lm_head.", "classifier.", "pre_classifier.", "cls.", "predictions.", "qa_outputs.", "score.", "head.", "vocab_",
+)  # fmt: skip
 
 
 def canonical_names(tensors: dict[str, T], config: dict[str, Any]) -> dict[str, T]:
@@ -24,7 +27,7 @@ def canonical_names(tensors: dict[str, T], config: dict[str, Any]) -> dict[str, 
     for name, tensor in tensors.items():
         name = name.removesuffix(".gamma") + ".weight" if name.endswith("LayerNorm.gamma") else name
         name = name.removesuffix(".beta") + ".bias" if name.endswith("LayerNorm.beta") else name
-        if bare and (not name.startswith(HEADS) or name.startswith("pooler.")):
+        if bare and not name.startswith(HEADS):
             name = f"{prefix}.{name}"
         renamed[name] = tensor
     return renamed

@@ -38,5 +38,5 @@ def _license(name: str) -> str | None:
     if not distributions:
         return None
     metadata = importlib.metadata.metadata(distributions[0])
-    found = metadata.get("License-Expression") or metadata.get("License")
-    return str(found).splitlines()[0] if found else None
+    found = [metadata[key] for key in ("License-Expression", "License") if key in metadata]
+    return str(found[0]).splitlines()[0] if found and found[0] else None

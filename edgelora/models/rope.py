@@ -42,8 +42,9 @@ def rope_from_parameters(parameters: dict[str, Any], head_dim: int, max_position
 
 def _llama3(frequency: float, parameters: dict[str, Any]) -> float:
     """Llama 3.1's scaling: long waves are divided by `factor`, short ones kept, those between interpolated."""
-    original = parameters["original_max_position_embeddings"]
-    low, high, factor = parameters["low_freq_factor"], parameters["high_freq_factor"], parameters["factor"]
+    original = float(parameters["original_max_position_embeddings"])
+    low, high = float(parameters["low_freq_factor"]), float(parameters["high_freq_factor"])
+    factor = float(parameters["factor"])
     wavelength = 2 * math.pi / frequency
     if wavelength > original / low:
         return frequency / factor
