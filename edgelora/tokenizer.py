@@ -108,12 +108,20 @@ class Tokenizer:
         return frozenset(found)
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        return list(self.native.encode(text, add_special_tokens=add_special_tokens).ids)
+        return list(self._encode(text, None, add_special_tokens).ids)
 
     def encode_pair(self, text: str, pair: str | None) -> tuple[list[int], list[int]]:
         """Return (ids, type ids) of one or two texts with the special tokens of an encoder: [CLS] a [SEP] b [SEP]."""
-        encoding = self.native.encode(text, pair, add_special_tokens=True)
+        encoding = self._encode(text, pair, True)
         return list(encoding.ids), list(encoding.type_ids)
+
+    def _encode(self, text: str, pair: str | None, add_special_tokens: bool) -> tokenizers.Encoding:
+        try:
+            return self.native.encode(text, pair, add_special_tokens=add_special_tokens)
+        except TypeError:  # the Rust side's word for text that has no UTF-8 form
+            for part in filter(None, (text, pair)):
+                refuse_half_characters(part)
+            raise
 
     def encode_prompt(self, text: str) -> list[int]:
         """Return the ids of raw text to be continued: with the BOS that the tokenizer adds (once), without an EOS."""
@@ -179,7 +187,7 @@ class Tokenizer:
         that is all that a device sees. Where a token would straddle a start (an answer that begins with a line break), the text
         is encoded in pieces cut at the spans' ends instead, so that the first answer's prompt still gets its own ids.
         """
-        encoding = self.native.encode(text, add_special_tokens=False)
+        encoding = self._encode(text, None, False)
         ids, supervised = list(encoding.ids), [False] * len(encoding.ids)
         for start, end in spans:
             prefix = self.encode(text[:start], add_special_tokens=False)
@@ -219,6 +227,15 @@ class DecodeStream:
 
     def step(self, token: int) -> str:
         return str(self.state.step(self.native, int(token)) or "")
+
+
+def refuse_half_characters(text: str) -> None:
+    r"""Raise DataError for text that has no UTF-8 form: JSON can write half a character ("\ud83d")."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])[1:-1]
+        raise DataError(f"the text holds half a character ({half}): wrong encoding") from None
 
 
 def token_text(value: Any) -> str | None:

@@ -11,7 +11,6 @@ import pytest
 from edgelora import hardware
 from edgelora.config import FinetuneConfig
 from edgelora.data.describe import describe, plain
-from edgelora.data.held_out import read_examples
 from edgelora.data.prepare import Prepared, prepare
 from edgelora.errors import DataError, FolderError, MachineError, ModelError, SettingsError
 from edgelora.tasks import get_task
@@ -171,22 +170,6 @@ def test_a_child_that_dies_is_said_so(model: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: killed)
     with pytest.raises(MachineError, match=r"^preparing rows\.jsonl failed: it was killed: not enough memory$"):
         prepare("rows.jsonl", model, tmp_path / "out", FinetuneConfig(), max_length=64)
-
-
-def test_rows_to_score_come_with_their_examples(model: Path, tmp_path: Path) -> None:
-    task, tokenizer = get_task("text-classification"), Tokenizer.from_folder(model)
-    write_rows(tmp_path / "rows" / "train.jsonl", [{"text": "x", "label": "b"}])
-    write_rows(tmp_path / "rows" / "test.jsonl", [{"text": "yes", "label": "a"}, {"text": "no", "label": "c"}])
-    rows, examples = read_examples(str(tmp_path / "rows"), task, tokenizer, ["a", "c"], max_length=8)
-    assert rows == [{"text": "yes", "label": "a"}, {"text": "no", "label": "c"}]
-    assert [int(e.arrays["label"]) for e in examples] == [0, 1]
-    assert len(read_examples(str(tmp_path / "rows"), task, tokenizer, ["a", "c"], max_length=8, limit=1)[0]) == 1
-    with pytest.raises(DataError) as caught:
-        read_examples(str(tmp_path / "rows"), task, tokenizer, ["a"], max_length=2)
-    assert caught.value.problems == [
-        "test.jsonl, line 1: 3 tokens, over the limit of 2",
-        'test.jsonl, line 2: the model does not know the label "c".',
-    ]
 
 
 def test_describe_shows_what_is_trained(model: Path, tmp_path: Path) -> None:

@@ -172,6 +172,13 @@ def test_raw_prompts_get_the_bos_of_the_tokenizer_once(tmp_path: Path) -> None:
     assert supervised == [False, True, True, True]
 
 
+def test_text_with_half_a_character_is_refused(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer(tmp_path)
+    for encode in (tokenizer.encode_prompt, lambda text: tokenizer.encode_pair("a", text)):
+        with pytest.raises(DataError, match=r"^the text holds half a character \(\\ud83d\): wrong encoding$"):
+            encode("a\ud83d")
+
+
 def test_streamed_pieces_join_to_the_decoded_text(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer(tmp_path)
     text = "né 🙂 世"
@@ -217,7 +224,7 @@ def test_templates_refuse_in_their_own_words_and_stay_in_their_sandbox(tmp_path:
 
 
 def test_the_device_side_imports_neither_torch_nor_transformers() -> None:
-    code = "import sys, edgelora.tokenizer, edgelora.data.prepare, edgelora.data.held_out; "
+    code = "import sys, edgelora.tokenizer, edgelora.data.prepare; "
     code += "from edgelora.tasks import TASKS, get_task; "
     code += "[get_task(name) for name in TASKS]; "
     code += "print(sorted({'torch', 'transformers', 'sklearn', 'pyarrow', 'huggingface_hub'} & set(sys.modules)))"
