@@ -31,6 +31,7 @@ MAKERS = {
 @contextmanager
 def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling of `path` that becomes `path` when the block ends well and is removed when it does not."""
+    restore_old(path)
     refuse_existing(path, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock(path), disk_errors(path):
@@ -54,8 +55,17 @@ def swap_in(staging: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def restore_old(path: Path) -> None:
+    """Put back the folder that a process killed in the middle of `swap_in` had moved aside."""
+    old = path.with_name(f".{path.name}.old")
+    if old.is_dir() and not path.exists():
+        with lock(path):
+            old.rename(path)
+
+
 def refuse_existing(path: Path, *, overwrite: bool) -> None:
-    if overwrite and path.is_dir() and not is_ours(path) and any(path.iterdir()):
+    foreign = path.is_file() or (path.is_dir() and not is_ours(path) and any(path.iterdir()))
+    if overwrite and foreign:
         raise FolderError(f"{path} was not written by EdgeLoRA and is not overwritten", hint="choose another folder with -o")
     if path.exists() and not overwrite:
         raise FolderError(f"{path} exists already", hint="add --overwrite, or choose another folder with -o")
@@ -79,8 +89,9 @@ def lock(path: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        if os.name != "nt":  # Windows removes no open file; there filelock removes it after the release
+            lock_file.unlink(missing_ok=True)  # before the release: after it, the file may be the next process's
         held.release()
-        lock_file.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -156,10 +167,10 @@ def sha256(path: Path) -> str:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON atomically: a reader sees the old file or the new one."""
+    text = json.dumps(content, indent=2, ensure_ascii=False)  # what JSON cannot hold is told before a file is touched
     partial = path.with_name(f".{path.name}.partial")
     with partial.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False)
-        file.write("\n")
+        file.write(f"{text}\n")
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
