@@ -47,13 +47,12 @@ class DecoderBuilder:
     accuracy_levels: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.spec.head_dim % 8 or any(rope and rope.dim % 16 for rope in self.spec.ropes):
-            raise ModelError(
-                f"ONNX Runtime's attention rotates multiples of 16 channels; this model has heads of {self.spec.head_dim}"
-            )
+        if self.spec.head_dim % 8:
+            raise ModelError(f"heads of {self.spec.head_dim} channels: ONNX Runtime's attention takes multiples of 8")
         self.g = GraphBuilder("decoder")
         self.layers = LinearLayers(self.g, self.weights, self.accuracy_levels)
         self.ropes: dict[Rope, tuple[ir.Value, ir.Value]] = {}
+        self.places: ir.Value | None = None
 
     def build(self) -> DecoderGraph:
         spec, g = self.spec, self.g
@@ -127,21 +126,36 @@ class DecoderBuilder:
         spec = self.spec
         query, key, value = self._projections(layer, h)
         rope = spec.ropes[layer] if spec.ropes else None
-        cos, sin = self._rope(rope) if rope else (None, None)
-        inputs = [query, key, value, *past, lengths.last_real, lengths.total_int32, *((cos, sin) if rope else ())]
-        attributes: dict[str, Any] = {
-            "num_heads": spec.num_heads,
-            "kv_num_heads": spec.num_kv_heads,
-            "do_rotary": int(bool(rope)),
-        }
+        # GroupQueryAttention rotates at most head_dim // 16 * 8 pairs; heads of odd sizes are rotated before it.
+        inside = rope is not None and rope.dim // 2 <= spec.head_dim // 16 * 8
+        tables: list[ir.Value] = list(self._rope(rope)) if rope and inside else []
+        if rope is not None and not inside:
+            if key is None:
+                query, key, value = self._split(query, layer)
+            query = self._rotate(query, spec.num_heads, rope, layer, lengths)
+            key = self._rotate(key, spec.num_kv_heads, rope, layer, lengths)
+        attributes: dict[str, Any] = {"num_heads": spec.num_heads, "kv_num_heads": spec.num_kv_heads, "do_rotary": int(inside)}
         attributes["scale"] = spec.attention_scale
         if spec.attention_softcap:
             attributes["softcap"] = spec.attention_softcap
         window = spec.windows[layer] if spec.windows else None
         if window is not None:
             attributes["local_window_size"] = window
+        inputs = [query, key, value, *past, lengths.last_real, lengths.total_int32, *tables]
         name = f"layers.{layer}/GroupQueryAttention"
         return self.g.ops("GroupQueryAttention", inputs, name, 3, domain=MICROSOFT, **attributes)
+
+    def _rotate(self, x: ir.Value, num_heads: int, rope: Rope, layer: int, lengths: Lengths) -> ir.Value:
+        if self.places is None:
+            self.places = new_positions(self.g, lengths)
+        return self.g.op(
+            "RotaryEmbedding", [x, self.places, *self._rope(rope)], f"layers.{layer}/RotaryEmbedding", domain=MICROSOFT,
+            num_heads=num_heads, rotary_embedding_dim=0 if rope.dim == self.spec.head_dim else rope.dim,
+        )  # fmt: skip
+
+    def _split(self, packed: ir.Value, layer: int) -> list[ir.Value]:
+        heads, kv = self.spec.num_heads * self.spec.head_dim, self.spec.num_kv_heads * self.spec.head_dim
+        return self.g.ops("Split", [packed, self.g.constant([heads, kv, kv], np.int64)], f"layers.{layer}/qkv", 3, axis=-1)
 
     def _projections(self, layer: int, h: ir.Value) -> tuple[ir.Value, ir.Value | None, ir.Value | None]:
         """Return query, key and value; key and value are None where the query holds all three."""

@@ -97,7 +97,7 @@ class GraphBuilder:
         return ir.Model(self.graph, ir_version=IR_VERSION, producer_name="edgelora", metadata_props=metadata)
 
     def _register(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
+        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape.numpy()), const_value=tensor)
         self.graph.register_initializer(value)
         return value
 
