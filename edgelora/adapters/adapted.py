@@ -39,6 +39,7 @@ class Adapted:
             layout = dataclasses.replace(layout, embeddings=(*layout.embeddings, layout.tied_head), tied_head=None)
         if adapter is not None:
             refuse_unknown(adapter, layout)
+            layout = keep_whole(adapter, layout)
             refuse_reshaped(adapter, source, aliases, layout)
         missing = [name for name in layout.names() if name not in aliases and not (adapter and name in adapter.saved_modules)]
         if missing:
@@ -88,6 +89,13 @@ class Adapted:
 
 def changes(adapter: AdapterFile, paths: Iterable[str]) -> bool:
     return any(path in adapter.factors or f"{path}.weight" in adapter.saved_modules for path in paths)
+
+
+def keep_whole(adapter: AdapterFile, layout: Layout) -> Layout:
+    """Let an encoder's linear layers that were trained whole (a new pooler) stay fp32, like its head."""
+    whole = {path for path in layout.linears if layout.prefix and f"{path}.weight" in adapter.saved_modules}
+    linears = tuple(path for path in layout.linears if path not in whole)
+    return dataclasses.replace(layout, linears=linears, plain=(*layout.plain, *(f"{path}.weight" for path in sorted(whole))))
 
 
 def refuse_unknown(adapter: AdapterFile, layout: Layout) -> None:

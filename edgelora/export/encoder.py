@@ -1,0 +1,251 @@
+"""The ONNX graph of an encoder with a classification head, traced from transformers' own class.
+
+inputs   input_ids int64 [batch_size, sequence_length]
+         attention_mask int64 [batch_size, sequence_length]    1 for real tokens; padding on the right
+         token_type_ids int64 [batch_size, sequence_length]    where the family tells first and second text apart
+output   logits fp32 [batch_size, num_labels]
+
+Before tracing, linear layers become modules that emit one `MatMulNBits` with the merged folder's codes, and attention
+becomes a function that emits one `MultiHeadAttention`: no pattern has to be found again in the traced graph. The passes in
+`export/passes/` tidy what is left.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from edgelora.errors import ModelError
+from edgelora.export.graph import save
+from edgelora.export.passes import apply
+from edgelora.models.encoder import build_network
+from edgelora.quant.checkpoint import MergedCheckpoint
+from edgelora.quant.grid import QuantizedTensor
+
+ATTENTION = "edgelora_onnx"  # the name of our attention function among transformers' implementations
+OPSET = 20  # the first with Gelu
+FAST_LEVEL = 4  # MatMulNBits' accuracy_level with int8 activations
+WRAPPER = "classifier_model."  # what the wrapper module puts in front of every initializer's name
+
+
+@dataclass(frozen=True)
+class EncoderGraph:
+    """nodes: MatMulNBits node name → {"rows": {path: [first, last + 1]}, "bits", "block_size", "accuracy_level"}."""
+
+    model: ir.Model
+    nodes: dict[str, dict[str, Any]]
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return tuple(str(value.name) for value in self.model.graph.inputs)
+
+
+def export_encoder(checkpoint: MergedCheckpoint, path: Path) -> EncoderGraph:
+    """Write the graph to `path` and its weights beside it."""
+    built = build_encoder(checkpoint)
+    save(built.model, path)
+    return built
+
+
+def build_encoder(checkpoint: MergedCheckpoint, accuracy_levels: Mapping[str, int] | None = None) -> EncoderGraph:
+    """Return the graph of a merged folder; its weights are mapped from the folder, not copied.
+
+    accuracy_levels: layer path → level, where it is not 4. Raises ModelError if torch cannot trace the model.
+    """
+    model = load_for_export(checkpoint, accuracy_levels or {})
+    names = input_names(model)
+    # Two rows of three tokens: sizes of 0 and 1 would be taken for constants.
+    inputs = tuple(torch.ones(2, 3, dtype=torch.int64) for _ in names)
+    sizes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    with quiet():
+        try:
+            program = torch.onnx.export(
+                Classifier(model), inputs, dynamo=True, opset_version=OPSET, verbose=False,
+                input_names=names, output_names=["logits"], dynamic_shapes=(tuple(sizes for _ in names),),
+            )  # fmt: skip
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise ModelError(f"{type(model).__name__} cannot be traced: {last_line(error)}") from error
+    assert program is not None
+    graph = apply(rename(program.model))
+    return EncoderGraph(graph, matmul_nodes(graph))
+
+
+class Classifier(nn.Module):
+    """The traced function: input tensors, in the order of `input_names`, to logits."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.classifier_model = model
+        self.names = input_names(model)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        logits: Tensor = self.classifier_model(**dict(zip(self.names, inputs, strict=True))).logits
+        return logits
+
+
+class GridLinear(nn.Module):
+    """Emits MatMulNBits (ONNX Runtime's ContribOperators.md): x `[..., K]` to `[..., N]`."""
+
+    codes: Tensor
+    scales: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: QuantizedTensor, bias: Tensor | None, accuracy_level: int) -> None:
+        super().__init__()
+        self.register_buffer("codes", weight.codes)
+        self.register_buffer("scales", weight.scales)
+        self.register_buffer("bias", bias)
+        self.num_outputs = weight.shape[0]
+        self.attributes: dict[str, Any] = {
+            "N": weight.shape[0], "K": weight.shape[1], "bits": weight.bits, "block_size": weight.block_size,
+            "accuracy_level": accuracy_level,
+        }  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        inputs = [x, self.codes, self.scales] + ([None, None, self.bias] if self.bias is not None else [])
+        shape = (*x.shape[:-1], self.num_outputs)
+        return emit("com.microsoft::MatMulNBits", inputs, self.attributes, shape)
+
+
+class GridEmbedding(nn.Module):
+    """Gathers rows of 8-bit codes and scales and unpacks them: `GatherBlockQuantized` has no WebAssembly kernel."""
+
+    codes: Tensor
+    scales: Tensor
+
+    def __init__(self, weight: QuantizedTensor) -> None:
+        super().__init__()
+        assert weight.bits == 8, "merge keeps embeddings in 8 bits"
+        self.register_buffer("codes", weight.codes)
+        self.register_buffer("scales", weight.scales)
+        self.width = weight.num_inputs
+
+    def forward(self, ids: Tensor) -> Tensor:
+        codes = emit("::Gather", [self.codes, ids], {"axis": 0}, (*ids.shape, *self.codes.shape[1:]), torch.uint8)
+        scales = emit("::Gather", [self.scales, ids], {"axis": 0}, (*ids.shape, self.scales.shape[1]))
+        rows = ((codes.float() - 128.0) * scales.unsqueeze(-1)).flatten(-2)
+        return rows if rows.shape[-1] == self.width else rows[..., : self.width]
+
+
+def emit(
+    operator: str, inputs: list[Tensor | None], attributes: dict[str, Any], shape: Any, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Put one ONNX node into the trace."""
+    return torch.onnx.ops.symbolic(
+        operator, inputs, attributes, dtype=dtype, shape=shape, version=1 if "::" in operator[1:] else None
+    )
+
+
+def attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: query `[B, H, S, D]` to `[B, S, H, D]`, as one MultiHeadAttention node.
+
+    attention_mask comes from `mask`: int32 `[B, S]`, 1 for real keys, or fp32 `[B, 1, S, S]` that is added to the scores.
+    """
+    batch, heads, length, head_dim = query.shape
+    if key.shape[1] != heads:
+        raise ModelError(f"the grouped attention of {type(module).__name__} is not known to the encoder's export")
+    rows = [tensor.transpose(1, 2).reshape(batch, -1, heads * head_dim) for tensor in (query, key, value)]
+    scale = options.get("scaling")
+    attributes = {"num_heads": heads, "scale": float(head_dim**-0.5 if scale is None else scale)}
+    additive = attention_mask is not None and attention_mask.ndim == 4
+    inputs = [*rows, None, None, attention_mask] if additive else [*rows, None, attention_mask]
+    output = emit("com.microsoft::MultiHeadAttention", inputs, attributes, (batch, length, heads * head_dim))
+    return output.view(batch, length, heads, head_dim), None
+
+
+def mask(*, attention_mask: Tensor | None = None, mask_function: Any = None, **options: Any) -> Tensor | None:
+    """transformers' mask interface: MultiHeadAttention takes a padding mask `[B, S]` as it is, in int32.
+
+    Where tokens see a window only (ModernBERT) it is transformers' own additive mask.
+    """
+    from transformers.masking_utils import bidirectional_mask_function, eager_mask
+
+    if mask_function is not bidirectional_mask_function:
+        additive: Tensor | None = eager_mask(attention_mask=attention_mask, mask_function=mask_function, **options)
+        return additive
+    return None if attention_mask is None else attention_mask.to(torch.int32)
+
+
+def load_for_export(checkpoint: MergedCheckpoint, accuracy_levels: Mapping[str, int]) -> Any:
+    """Return transformers' model with the folder's tensors in it, its layers on the grid as modules that emit nodes."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(ATTENTION, attention)
+    AttentionMaskInterface.register(ATTENTION, mask)
+    model = build_network(checkpoint.config, checkpoint.labels).eval()
+    model.config._attn_implementation = ATTENTION if model._supports_attention_backend else "eager"
+    for path in checkpoint.layers:
+        weight = checkpoint.read_linear(path)
+        assert isinstance(weight, QuantizedTensor)
+        if isinstance(model.get_submodule(path), nn.Embedding):
+            model.set_submodule(path, GridEmbedding(weight))
+        else:
+            bias = checkpoint.read(f"{path}.bias") if checkpoint.has(f"{path}.bias") else None
+            model.set_submodule(path, GridLinear(weight, bias, accuracy_levels.get(path, FAST_LEVEL)))
+    for name, _ in list(model.named_parameters()):
+        path, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(path), leaf, nn.Parameter(checkpoint.read(name), requires_grad=False))
+    return model
+
+
+def input_names(model: Any) -> list[str]:
+    """token_type_ids are an input where there is more than one type: BERT's, not RoBERTa's or DistilBERT's."""
+    names = ["input_ids", "attention_mask"]
+    return [*names, "token_type_ids"] if getattr(model.config, "type_vocab_size", 0) > 1 else names
+
+
+def rename(model: ir.Model) -> ir.Model:
+    """Name initializers as the merged folder does, and MatMulNBits nodes after their layer."""
+    for name in list(model.graph.initializers):
+        if name.startswith(WRAPPER):
+            model.graph.initializers[name].name = name.removeprefix(WRAPPER)
+    for node in model.graph:
+        if node.op_type == "MatMulNBits":
+            node.name = f"{layer_of(node)}/MatMulNBits"
+    return model
+
+
+def layer_of(node: ir.Node) -> str:
+    codes = node.inputs[1]
+    assert codes is not None
+    return str(codes.name).removesuffix(".codes")
+
+
+def matmul_nodes(model: ir.Model) -> dict[str, dict[str, Any]]:
+    nodes = {}
+    for node in model.graph:
+        if node.op_type == "MatMulNBits":
+            facts = {name: node.attributes[name].as_int() for name in ("bits", "block_size", "accuracy_level")}
+            nodes[str(node.name)] = {"rows": {layer_of(node): [0, node.attributes["N"].as_int()]}, **facts}
+    return nodes
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep torch's remarks on its own code and on packages that are not needed here off the user's screen."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def last_line(error: BaseException) -> str:
+    cause = error.__cause__ or error
+    return (str(cause).strip().splitlines() or [type(cause).__name__])[0]
