@@ -13,10 +13,11 @@ import torch
 from numpy.typing import NDArray
 
 from edgelora.bundle import open_bundle
-from edgelora.errors import FolderError, UserError
+from edgelora.errors import FolderError, MachineError, UserError
 from edgelora.run import decoder as decoder_module
 from edgelora.run.decoder import DecoderSession
 from edgelora.run.predictor import example_loss
+from edgelora.run.session import open_session, session_options
 
 IDS = np.random.default_rng(0).integers(0, 250, 300).tolist()
 
@@ -96,7 +97,7 @@ def test_the_limit_is_a_message(session: DecoderSession) -> None:
     with pytest.raises(UserError) as caught:
         session.prefill([1] * 2000)
     assert caught.value.message == "the text has 2000 tokens; this bundle takes at most 1024"
-    assert caught.value.hint == "shorten the prompt, or export again with a larger --max-length"
+    assert caught.value.hint == "shorten it"
     assert session.length == 0
 
 
@@ -150,3 +151,23 @@ def test_another_graph_is_no_decoder(classifier_bundle: Path) -> None:
     with pytest.raises(FolderError) as caught:
         DecoderSession(path, max_length=10)
     assert caught.value.message == f"{path} is not a decoder: it has no cache of keys and values"
+
+
+def test_too_little_memory_is_a_message(decoder_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import onnxruntime
+
+    def refuse(*arguments: object, **settings: object) -> None:
+        raise RuntimeError("[ONNXRuntimeError] : 6 : RUNTIME_EXCEPTION : Exception during initialization: std::bad_alloc")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", refuse)
+    path = open_bundle(decoder_bundle).model_path
+    with pytest.raises(MachineError) as caught:
+        open_session(path)
+    assert caught.value.message == f"not enough memory to load {path}"
+
+
+def test_threads_are_those_asked_for_or_the_physical_cores() -> None:
+    from edgelora.hardware import physical_cores
+
+    assert session_options(3).intra_op_num_threads == 3
+    assert session_options().intra_op_num_threads == physical_cores()

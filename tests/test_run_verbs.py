@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import edgelora
+from edgelora.bundle import open_bundle
 from edgelora.config import GenerateConfig
 from edgelora.errors import DataError, FolderError, UserError
 from edgelora.run.answer import run
 from edgelora.run.batch import run_file
 from edgelora.run.chat import chat
 from edgelora.run.generate import Answer
+from edgelora.run.model import Model
 
 SHORT = GenerateConfig(max_new_tokens=6)
 
@@ -78,6 +81,14 @@ def test_no_bundle_and_no_input_are_messages(decoder_bundle: Path, tmp_path: Pat
     with pytest.raises(UserError) as missing:
         run(decoder_bundle, [])
     assert (missing.value.message, missing.value.hint) == ("no input was given", f'edgelora run {decoder_bundle} "some text"')
+
+
+def test_a_task_of_the_future_is_a_message(decoder_bundle: Path) -> None:
+    bundle = replace(open_bundle(decoder_bundle), task="telepathy")
+    with pytest.raises(UserError) as caught:
+        Model(bundle)
+    assert caught.value.message == f'{decoder_bundle} is for the task "telepathy", which this EdgeLoRA cannot run'
+    assert caught.value.hint == "pip install --upgrade edgelora"
 
 
 def write_jsonl(path: Path, rows: list[Any]) -> Path:

@@ -93,7 +93,7 @@ class DecoderSession:
         if positions > self.max_length:
             raise UserError(
                 f"the text has {positions} tokens; this bundle takes at most {self.max_length}",
-                hint="shorten the prompt, or export again with a larger --max-length",
+                hint="shorten it",
             )
         if positions <= self.capacity:
             return
