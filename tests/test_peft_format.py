@@ -18,12 +18,12 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
 )
+from tolerances import PEFT_LOGITS
 from transformers.pytorch_utils import Conv1D
 
 from edgelora.adapters.lora import Factors
 from edgelora.adapters.peft_format import CONFIG, WEIGHTS, AdapterFile, load, merged_weight, save
 from edgelora.errors import FolderError
-from tests.tolerances import PEFT_LOGITS
 
 # PEFT 0.21 asks transformers 5.23 for a property that the latter has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")

@@ -46,3 +46,6 @@ ENCODER_INT8_ACTIVATIONS = {"rtol": 0.0, "atol": 0.1}
 
 # SkipLayerNormalization against Add and LayerNormalization: mean and variance are summed in another order.
 SKIP_LAYER_NORM = {"rtol": 1e-5, "atol": 1e-6}
+
+# Predicted against measured peak of a run: the C allocator and the kernels' own buffers vary by some ten MB between machines.
+PLAN_PEAK_RELATIVE = 0.15

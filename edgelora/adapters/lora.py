@@ -89,7 +89,8 @@ class LoRA(nn.Module):
 
         A depends on the seed and the layer's path alone: neither on the order nor on the choice of other adapters.
         """
-        generator = torch.Generator().manual_seed((settings.seed << 32) + zlib.crc32(base.path.encode()))
+        # One number of 32 bits: torch's generator on a CPU ignores the bits above.
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{settings.seed} {base.path}".encode()))
         bound = 1.0 / math.sqrt(base.in_features)
         a = torch.empty(settings.rank, base.in_features).uniform_(-bound, bound, generator=generator)
         magnitude = torch.linalg.vector_norm(base.weight_fp32(), dim=1) if settings.dora else None

@@ -95,6 +95,7 @@ def save(adapter: AdapterFile, folder: Path, *, paths: Sequence[str] = ()) -> No
     """
     from safetensors.torch import save_file
 
+    folder.mkdir(parents=True, exist_ok=True)
     tensors = dict(adapter.saved_modules)
     for path, factors in adapter.factors.items():
         tensors[f"{path}.lora_A.weight"] = factors.a
@@ -286,7 +287,8 @@ def head_parameters(model: Model) -> dict[str, Tensor]:
 
 def biases(model: nn.Module) -> dict[str, Tensor]:
     """Return the biases of frozen layers and norms, by name: PEFT's `bias` setting trains them."""
-    found = {}
+    network = getattr(model, "network", None)  # an encoder's norms are transformers' own
+    found = {} if network is None else {name: p for name, p in network.named_parameters() if name.endswith(".bias")}
     for module in model.modules():
         path, bias = getattr(module, "path", None), getattr(module, "bias", None)
         if path is not None and isinstance(bias, Tensor):

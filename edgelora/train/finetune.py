@@ -97,7 +97,9 @@ def start(out: Path, source: ModelSource, data: str, config: FinetuneConfig, sta
         if not prepared.rows.get("valid"):
             raise DataError(f"{data} leaves no row to validate on", hint="give validation rows with --valid FILE")
         with stages.time("plan"):
-            plan = make_plan(source, prepared.store("train").lengths, config)
+            share = prepared.supervised["train"] / prepared.tokens["train"]
+            lengths = prepared.store("train").lengths
+            plan = make_plan(source, lengths, config, task=prepared.task, supervised=share)
         facts = {"reference": source.reference, "fingerprint": source.fingerprint, "license": source.license}
         run = Run(facts, data, prepared.task, prepared.labels, config, plan)
         network = load(source, run, stages)
