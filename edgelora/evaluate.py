@@ -92,6 +92,8 @@ def describe(target: str | Path) -> tuple[str, dict[str, Any]]:
     if not (folder / MANIFEST).is_file():
         return "model", {}
     manifest = read_manifest(folder, *KINDS)
+    if not manifest.get("complete"):
+        raise FolderError(f"{folder} has not finished training", hint=f"edgelora finetune MODEL DATA -o {folder} --resume")
     return str(manifest["kind"]), manifest
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import tolerances
 
-from edgelora.errors import DataError, SettingsError
+from edgelora.errors import DataError, FolderError, SettingsError
 from edgelora.evaluate import evaluate
+from edgelora.folder import write_manifest
 
 PAIRS = [{"ask": f"say {word}", "answer": word} for word in ("one", "two", "three", "four", "five", "six")]
 TEXTS = [{"text": text, "label": f"LABEL_{i % 3}"} for i, text in enumerate(["good", "bad", "so so", "fine", "awful", "meh"])]
@@ -103,6 +104,11 @@ def test_what_cannot_be_is_refused(decoder_bundle: Path, tmp_path: Path) -> None
         evaluate(decoder_bundle, data, task="text-classification")
     with pytest.raises(DataError, match="wants the columns"):
         evaluate(decoder_bundle, data)
+    (tmp_path / "run").mkdir()
+    write_manifest(tmp_path / "run", "run", complete=False)
+    with pytest.raises(FolderError, match="has not finished training") as caught:
+        evaluate(tmp_path / "run", data)
+    assert caught.value.hint == f"edgelora finetune MODEL DATA -o {tmp_path / 'run'} --resume"
 
 
 @pytest.mark.parametrize("kind", ["decoder", "classifier"])
