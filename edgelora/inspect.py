@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -146,16 +147,36 @@ def show(found: Mapping[str, Any]) -> None:
     }
     console.table(f"{found['kind']}", [simple])
     for name in ("adapters", "layers", "nodes", "tensors", "results"):
-        rows = found.get(name) or []
-        columns = [{key: short(value) for key, value in row.items() if not isinstance(value, dict)} for row in rows]
-        if columns:
-            console.table(name, columns)
+        rows = [
+            {key: short(value) for key, value in row.items() if not isinstance(value, dict)} for row in found.get(name) or []
+        ]
+        if rows:
+            console.table(name, group(rows) if name in ("layers", "nodes") else rows)
     if found.get("damage"):
         console.warn("\n  ".join(["files differ from the manifest:", *found["damage"]]))
     if found.get("misses"):
         console.warn("\n  ".join([found["summary"], *(f"{miss['node']}: {miss['reason']}" for miss in found["misses"])]))
     elif "summary" in found:
         console.say(str(found["summary"]))
+
+
+def group(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return one row for the layers that are alike but for their number, with a count, and the mean of their figures."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        first, *others = row
+        kind = re.sub(r"\d+", "*", str(row[first]))
+        key = (kind, *(row[name] for name in others if not isinstance(row[name], float)))
+        groups.setdefault(key, []).append({**row, first: kind})
+    found = []
+    for alike in groups.values():
+        means = {
+            key: rounded(sum(row[key] for row in alike) / len(alike))
+            for key, value in alike[0].items()
+            if isinstance(value, float)
+        }
+        found.append({**alike[0], **means, "count": len(alike)})
+    return found
 
 
 def short(value: Any) -> Any:

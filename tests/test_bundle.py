@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+import tolerances
 
 from edgelora.bundle import DecoderFigures, open_bundle
 from edgelora.errors import FolderError, ModelError, SettingsError
@@ -173,3 +174,31 @@ def test_a_graph_that_computes_wrongly_is_refused(model: Path, tmp_path: Path, m
         export(str(model), tmp_path / "bundle")
     assert not list(tmp_path.iterdir()), "nothing is left behind"
     assert not export(str(model), tmp_path / "bundle", force=True)["verify"]["passed"]
+
+
+def test_a_longer_or_shorter_text_can_be_asked_for(model: Path, tmp_path: Path) -> None:
+    export(str(model), tmp_path / "bundle", max_length=50)
+    assert open_bundle(tmp_path / "bundle").max_length == 50
+    assert read(tmp_path / "bundle" / "genai_config.json")["search"]["max_length"] == 50
+    with pytest.raises(SettingsError) as caught:
+        export(str(model), tmp_path / "other", max_length=129)
+    assert caught.value.message == "max_length is 129; this model takes 1 to 128 tokens"
+
+
+def test_a_run_is_merged_and_scored_again(model: Path, tmp_path: Path) -> None:
+    """The table goes on with the merged weights in torch and the bundle, on the rows that scored the adapter."""
+    from edgelora.config import FinetuneConfig
+    from edgelora.train.finetune import finetune
+
+    rows = [{"prompt": f"say {i % 7}", "completion": f"number {i % 7}"} for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    config = FinetuneConfig(max_steps=4, learning_rate=1e-2, threads=1)
+    trained = finetune(str(model), str(tmp_path / "rows.jsonl"), tmp_path / "run", config)
+    result = export(str(tmp_path / "run"), tmp_path / "bundle")
+    table = {row["what"]: row for row in result["table"]}
+    assert list(table) == ["base", "adapter", "merged", "onnx"]
+    assert table["adapter"]["loss"] == trained["valid"]["loss"]
+    assert table["onnx"]["loss"] == pytest.approx(table["merged"]["loss"], **tolerances.LOSS_INT8_ACTIVATIONS)
+    manifest = open_bundle(tmp_path / "bundle").manifest
+    assert manifest["settings"]["max_steps"] == 4
+    assert manifest["data"] == "rows.jsonl"

@@ -20,6 +20,9 @@ from edgelora.cli.verb import output_option, overwrite_option, verb
     "--for", "device", type=click.Choice(["cpu", "web", "mobile"]), default="cpu", show_default=True, help="Where it runs."
 )
 @click.option("--model", help="The base model, where RUN does not name it or has moved.")
+@click.option(
+    "--max-length", type=click.IntRange(min=1), help="Most tokens of prompt and answer. Default: the model's, up to 2048."
+)
 @overwrite_option
 def export(target: str, out: Path, precision: str | None, **options: Any) -> dict[str, Any]:
     """Write an ONNX bundle; merges first when given a run.

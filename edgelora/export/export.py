@@ -35,13 +35,16 @@ def export(
     precision: str = "int4",
     device: str = "cpu",
     model: str | None = None,
+    max_length: int | None = None,
     overwrite: bool = False,
     force: bool = False,
 ) -> dict[str, Any]:
     """Write the bundle `out` from a run, a merged folder or a model; a run and a model are merged first.
 
     The graph is compared with the merged weights in torch, and refused with the figures (ModelError) if it does not compute
-    the same, unless `force` is given. Returns the figures of `--json`; `table` has a run's held-out rows scored again.
+    the same, unless `force` is given. `max_length` is the most tokens of prompt and answer together.
+
+    Returns the figures of `--json`; `table` has a run's held-out rows scored again.
     """
     refuse_existing(out, overwrite=overwrite)
     temporary = out.with_name(f".{out.name}.merged")
@@ -54,7 +57,7 @@ def export(
             work.seconds["merge"] = round(time.perf_counter() - started, 2)
             bar.update(1, stage="graph")
             with work.time("graph"):
-                write_bundle(work)
+                write_bundle(work, max_length)
             bar.update(1, stage="verify")
             with work.time("verify"):
                 work.manifest["verify"] = check(work, force=force)
@@ -99,15 +102,16 @@ def open_work(staging: Path, merged: Path, run: Path | None, precision: str, dev
     return Work(staging, checkpoint, run, precision, device, spec, Tokenizer.from_folder(merged))
 
 
-def write_bundle(work: Work) -> None:
+def write_bundle(work: Work, max_length: int | None) -> None:
     """Write the graph, the loaders' files and a first manifest."""
     checkpoint, spec = work.checkpoint, work.spec
     eos, bos, pad = special_tokens(checkpoint.folder, checkpoint.config, sorted(work.tokenizer.stop_token_ids))
     positions = reach(checkpoint.config, spec)
+    if max_length is not None and not 0 < max_length <= positions:
+        raise SettingsError(f"max_length is {max_length}; this model takes 1 to {positions} tokens")
     inputs = write_graph(work, positions)
-    facts = BundleFacts(
-        checkpoint.folder, checkpoint.config, work.precision, inputs, positions, min(positions, MAX_LENGTH), eos, bos, pad
-    )
+    longest = max_length or min(positions, MAX_LENGTH)
+    facts = BundleFacts(checkpoint.folder, checkpoint.config, work.precision, inputs, positions, longest, eos, bos, pad)
     write_files(work.staging, facts, spec)
     work.manifest |= {
         "task": checkpoint.task,
