@@ -279,5 +279,7 @@ def test_adapter_for_another_model_is_refused(tmp_path: Path) -> None:
         peft_format.apply(model, peft_format.AdapterFile({"model.layers.7.self_attn.q_proj": factors}))
     assert caught.value.message == "the adapter changes what this model does not have:\n  model.layers.7.self_attn.q_proj"
     path = "model.layers.0.self_attn.q_proj"
-    with pytest.raises(FolderError, match=rf"the adapter of {path} is for a weight of shape \[24, 64\]; this model's is \[32, 32\]"):
+    with pytest.raises(
+        FolderError, match=rf"the adapter of {path} is for a weight of shape \[24, 64\]; this model's is \[32, 32\]"
+    ):
         peft_format.apply(model, peft_format.AdapterFile({path: factors}))
