@@ -12,6 +12,7 @@ becomes a function that emits one `MultiHeadAttention`: no pattern has to be fou
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
@@ -130,8 +131,8 @@ class GridEmbedding(nn.Module):
         self.width = weight.num_inputs
 
     def forward(self, ids: Tensor) -> Tensor:
-        codes = emit("::Gather", [self.codes, ids], {"axis": 0}, (*ids.shape, *self.codes.shape[1:]), torch.uint8)
-        scales = emit("::Gather", [self.scales, ids], {"axis": 0}, (*ids.shape, self.scales.shape[1]))
+        codes = emit("Gather", [self.codes, ids], {"axis": 0}, (*ids.shape, *self.codes.shape[1:]), torch.uint8)
+        scales = emit("Gather", [self.scales, ids], {"axis": 0}, (*ids.shape, self.scales.shape[1]))
         rows = ((codes.float() - 128.0) * scales.unsqueeze(-1)).flatten(-2)
         return rows if rows.shape[-1] == self.width else rows[..., : self.width]
 
@@ -140,9 +141,8 @@ def emit(
     operator: str, inputs: list[Tensor | None], attributes: dict[str, Any], shape: Any, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """Put one ONNX node into the trace."""
-    return torch.onnx.ops.symbolic(
-        operator, inputs, attributes, dtype=dtype, shape=shape, version=1 if "::" in operator[1:] else None
-    )
+    node: Tensor = torch.onnx.ops.symbolic(operator, inputs, attributes, dtype=dtype, shape=shape)
+    return node
 
 
 def attention(
@@ -203,7 +203,10 @@ def load_for_export(checkpoint: MergedCheckpoint, accuracy_levels: Mapping[str, 
 def input_names(model: Any) -> list[str]:
     """token_type_ids are an input where there is more than one type: BERT's, not RoBERTa's or DistilBERT's."""
     names = ["input_ids", "attention_mask"]
-    return [*names, "token_type_ids"] if getattr(model.config, "type_vocab_size", 0) > 1 else names
+    has_types = (
+        getattr(model.config, "type_vocab_size", 0) > 1 and "token_type_ids" in inspect.signature(model.forward).parameters
+    )
+    return [*names, "token_type_ids"] if has_types else names
 
 
 def rename(model: ir.Model) -> ir.Model:

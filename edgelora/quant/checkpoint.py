@@ -83,7 +83,8 @@ class MergedCheckpoint:
         self.layers: dict[str, Layer] = manifest["layers"]
         self.task: str = manifest["task"]
         self.labels: list[str] = manifest["labels"]
-        self._file: Any = safe_open(folder / WEIGHTS, framework="pt")
+        open_file: Any = safe_open
+        self._file = open_file(folder / WEIGHTS, framework="pt")
         self._stored: list[str] = list(self._file.keys())
 
     @classmethod

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import onnx_ir as ir
 
 
 def drop_metadata(model: ir.Model) -> tuple[ir.Model, bool]:
-    noted = [model, model.graph, *model.graph.inputs, *model.graph.initializers.values()]
+    noted: list[Any] = [model, model.graph, *model.graph.inputs, *model.graph.initializers.values()]
     for node in model.graph:
         noted += [node, *node.outputs]
     modified = False
