@@ -24,7 +24,7 @@ BLOCK_SIZE = 32
 WARM_KERNELS = 45 << 20
 ALLOCATOR = 1.15  # freed blocks that the C allocator keeps
 LOADING_COPIES = 2.2  # fp32 copies of the largest tensor that exist while it is quantized
-ENCODER_MODULES = 100 << 20  # transformers' modelling code, imported for encoders only
+ENCODER_MODULES = 150 << 20  # transformers' modelling code, imported for encoders only
 
 
 @dataclass(frozen=True)
