@@ -272,6 +272,19 @@ def test_a_run_brings_its_labels_results_and_tokenizer(tmp_path: Path) -> None:
     torch.testing.assert_close(checkpoint.read("classifier.weight"), state["classifier.weight"], **MERGED_WEIGHT)
 
 
+def test_a_pooler_that_was_trained_whole_stays_fp32(tmp_path: Path) -> None:
+    reference = saved(BertModel(bert_config(), add_pooling_layer=False), tmp_path / "model")
+    model = BertForSequenceClassification.from_pretrained(reference, num_labels=3)
+    options = {"target_modules": ["query"], "modules_to_save": ["pooler", "classifier"], "task_type": "SEQ_CLS"}
+    state = peft_adapter(model, tmp_path / "adapter", **options).state_dict()
+    merge(None, tmp_path / "out", adapter=tmp_path / "adapter", model=reference)
+    checkpoint = MergedCheckpoint.open(tmp_path / "out")
+    assert checkpoint.labels == ["LABEL_0", "LABEL_1", "LABEL_2"]
+    for name in ("bert.pooler.dense", "classifier"):
+        assert name not in checkpoint.layers
+        assert torch.equal(checkpoint.read(f"{name}.weight"), state[f"{name}.weight"])
+
+
 def test_a_run_of_another_model_is_refused(tmp_path: Path) -> None:
     reference = saved(tiny_bert(), tmp_path / "model")
     peft_adapter(tiny_bert(), tmp_path / "run", target_modules=["query"], task_type="SEQ_CLS")
