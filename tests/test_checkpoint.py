@@ -26,8 +26,8 @@ from edgelora.train.loop import Trainer
 
 # Dropout and a checkpoint after every step: what is resumed depends on every part of the state.
 SETTINGS: dict[str, Any] = {
-    "threads": 1, "max_steps": 9, "learning_rate": 1e-2, "batch_size": 4, "micro_batch": 2, "dropout": 0.1, "checkpoint_minutes": 0.0,
-    "evaluations": 3, "valid_rows": 4,
+    "threads": 1, "max_steps": 9, "learning_rate": 1e-2, "batch_size": 4, "micro_batch": 2, "dropout": 0.1,
+    "checkpoint_minutes": 0.0, "evaluations": 3, "valid_rows": 4,
 }  # fmt: skip
 CHILD = """
 import json, os, signal, sys
@@ -122,9 +122,10 @@ def test_interrupted_run_resumes_to_the_same_bits(
         return loss(self, *arguments)
 
     config = FinetuneConfig(**{**SETTINGS, "checkpoint_minutes": 60.0})
-    with monkeypatch.context() as patch, pytest.raises(Interrupted) as caught:
+    with monkeypatch.context() as patch:
         patch.setattr(Trainer, "gradients", interrupted)
-        finetune(*inputs, run, config)
+        with pytest.raises(Interrupted) as caught:
+            finetune(*inputs, run, config)
     assert caught.value.message == "interrupted after step 5 of 9; what was learned is kept"
     assert caught.value.hint == f"edgelora finetune {inputs[0]} {inputs[1]} -o {run} --resume"
     assert caught.value.exit_code == 130
@@ -146,9 +147,10 @@ def test_classifier_resumes_with_its_head(tmp_path: Path, monkeypatch: pytest.Mo
             raise KeyboardInterrupt
         return gradients(self, *arguments)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(Trainer, "gradients", failing)
-        finetune(model, str(data), tmp_path / "run", config)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(model, str(data), tmp_path / "run", config)
     finetune(model, str(data), tmp_path / "run", FinetuneConfig(), resume=True)
     check_same(tmp_path / "run", tmp_path / "wanted")
 
@@ -163,9 +165,10 @@ def stopped(inputs: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyP
         if self.state.step == 1:
             raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(Trainer, "save", stopping)
-        finetune(*inputs, tmp_path / "run", FinetuneConfig(**SETTINGS))
+        with pytest.raises(KeyboardInterrupt):
+            finetune(*inputs, tmp_path / "run", FinetuneConfig(**SETTINGS))
     return tmp_path / "run"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -106,14 +107,13 @@ def test_targets_are_named_as_in_peft() -> None:
 
 
 def load_tiny(folder: Path, family: str, bits: int) -> Any:
-    """Return our model of a tiny random family, with adapters on every linear layer and all of them moved."""
+    """Return our model of a tiny random family."""
     is_encoder = family == "bert"
     path = (save_encoder if is_encoder else save_decoder)(folder, family)
     task = "text-classification" if is_encoder else "text-generation"
     torch.manual_seed(0)
     labels = ["LABEL_0", "LABEL_1", "LABEL_2"] if is_encoder else []
-    model = load_model(open_model(str(path)), task, base_bits=bits, labels=labels)
-    return model
+    return load_model(open_model(str(path)), task, base_bits=bits, labels=labels)
 
 
 def attach_moved(model: Any, **options: Any) -> None:
@@ -160,7 +160,7 @@ def decoder_loss(model: Any) -> Tensor:
     """Return the summed loss of packed documents; all tokens but the first are supervised."""
     ids = torch.tensor([token for document in DOCUMENTS for token in document])
     starts = torch.tensor([0, *(len(document) for document in DOCUMENTS)]).cumsum(0)
-    targets = torch.tensor([t for start, stop in zip(starts, starts[1:], strict=False) for t in range(start + 1, stop)])
+    targets = torch.tensor([t for start, stop in pairwise(starts) for t in range(start + 1, stop)])
     loss: Tensor = model.nll(model.hidden(ids, starts)[targets - 1], ids[targets])
     return loss
 

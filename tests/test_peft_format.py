@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tolerances import PEFT_LOGITS
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -18,7 +19,6 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
 )
-from tolerances import PEFT_LOGITS
 from transformers.pytorch_utils import Conv1D
 
 from edgelora.adapters.lora import Factors

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -153,16 +154,16 @@ def test_best_adapter_is_kept_and_patience_ends_the_run(
 ) -> None:
     scores = iter([3.0, 2.0, 2.5, 2.6, 1.0])
     kept: list[int] = []
-    evaluate = Trainer.evaluate
+    begin = Trainer.__init__
 
-    def scored(self: Trainer, log: Any) -> None:
-        keep = self.job.keep
-        loss = next(scores)
-        job = {**vars(self.job), "score": lambda: {"loss": loss}, "keep": lambda: (kept.append(self.state.step), keep())}
-        self.job = type(self.job)(**job)
-        evaluate(self, log)
+    def scripted(self: Trainer, job: Any) -> None:
+        def keep() -> None:
+            kept.append(self.state.step)
+            job.keep()
 
-    monkeypatch.setattr(Trainer, "evaluate", scored)
+        begin(self, dataclasses.replace(job, score=lambda: {"loss": next(scores)}, keep=keep))
+
+    monkeypatch.setattr(Trainer, "__init__", scripted)
     result = finetune(*decoder, tmp_path / "run", settings(max_steps=10, evaluations=5, patience=2))
     assert kept == [2, 4]
     assert result["best_step"] == 4

@@ -14,6 +14,7 @@ from edgelora.errors import SettingsError, did_you_mean
 if TYPE_CHECKING:
     from edgelora.models.decoder import Decoder
     from edgelora.models.encoder import Encoder
+    from edgelora.models.linear import FrozenLinear
 
 ALL_LINEAR = "all-linear"
 
@@ -49,12 +50,19 @@ def suffixes(paths: Iterable[str]) -> list[str]:
 
 def attach(model: Decoder | Encoder, settings: LoRASettings, targets: str) -> dict[str, LoRA]:
     """Put a new adapter on each target layer; return them by path."""
-    linears = model.linears()
+    linears = frozen_linears(model)
     added = {}
     for path in choose_targets(list(linears), targets):
         added[path] = LoRA.from_base(linears[path], settings)
         model.replace_linear(path, added[path])
     return added
+
+
+def frozen_linears(model: Decoder | Encoder) -> dict[str, FrozenLinear]:
+    """Return the layers that have no adapter yet, by path, in the model's order."""
+    from edgelora.models.linear import FrozenLinear
+
+    return {path: layer for path, layer in model.linears().items() if isinstance(layer, FrozenLinear)}
 
 
 def adapters(model: nn.Module) -> dict[str, LoRA]:

@@ -124,9 +124,10 @@ class LoRA(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map `[..., K]` to `[..., N]`."""
         if not self.enabled:
-            return self.base(x)
+            plain: Tensor = self.base(x)
+            return plain
         flat_TK = x.reshape(-1, x.shape[-1])
-        base_TN = self.base(flat_TK)
+        base_TN: Tensor = self.base(flat_TK)
         low_TR = nn.functional.dropout(flat_TK, self.dropout, self.training) @ self.lora_A.t()
         if self.lora_magnitude_vector is None:
             # In place: the base layer's output is nobody else's, and a second [T, N] tensor would be.

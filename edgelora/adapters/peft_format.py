@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from edgelora.adapters.inject import adapters, matches, suffixes
+from edgelora.adapters.inject import adapters, frozen_linears, matches, suffixes
 from edgelora.adapters.lora import Factors, LoRA, combine
 from edgelora.errors import FolderError
 from edgelora.folder import write_json
@@ -230,7 +230,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     try:
-        tensors = load_file(folder / WEIGHTS)
+        tensors: dict[str, Tensor] = load_file(folder / WEIGHTS)
     except FileNotFoundError:
         hint = "save it again with safe_serialization=True" if (folder / "adapter_model.bin").exists() else None
         raise FolderError(f"{folder} is not an adapter folder: it has no {WEIGHTS}", hint=hint) from None
@@ -262,9 +262,9 @@ def apply(model: Model, adapter: AdapterFile) -> None:
 
     Raises FolderError that lists everything that the model has no place for.
     """
-    linears, present = model.linears(), adapters(model)
+    linears, present = frozen_linears(model), adapters(model)
     replaced: dict[str, Tensor] = {**biases(model), **head_parameters(model)}
-    unknown = [*(set(adapter.factors) - set(linears)), *(set(adapter.saved_modules) - set(replaced))]
+    unknown = [*(set(adapter.factors) - set(linears) - set(present)), *(set(adapter.saved_modules) - set(replaced))]
     if unknown:
         raise FolderError("\n  ".join(["the adapter changes what this model does not have:", *sorted(unknown)[:10]]))
     for path, factors in adapter.factors.items():

@@ -159,11 +159,13 @@ class Training:
         else:
             self.show_plan(trainer.job.num_steps)
         if not trainer.state.base:
+            console.say(f"scoring the base model on {len(self.valid)} validation rows")
             with self.stages.time("base"), inject.switched_off(self.model):
                 trainer.state.base = self.score(generate=self.short_answers())
         trainer.state.seconds = self.stages.seconds
-        with self.stages.time("train"):
-            state = trainer.run()
+        state = trainer.run()
+        self.stages.seconds = state.seconds
+        console.say(f"scoring the adapter of step {state.best['step']}")
         with self.stages.time("table"):
             peft_format.apply(self.model, peft_format.load(self.out))
             adapted = self.score(generate=self.short_answers())
@@ -252,7 +254,7 @@ class Training:
 
 def sample(store: Store, rows: list[Row], limit: int) -> tuple[list[Example], list[Row]]:
     """Return at most `limit` (0: all) examples and their rows, chosen at random but always the same: files are often sorted."""
-    chosen = range(len(store))
+    chosen = list(range(len(store)))
     if 0 < limit < len(store):
         chosen = sorted(np.random.default_rng(0).permutation(len(store))[:limit].tolist())
     return [store[i] for i in chosen], [rows[i] for i in chosen]

@@ -77,6 +77,9 @@ class Trainer:
                     self.one_step(log, stop, timed=not first)
                     first = False
                     self.show(bar, self.state.step - before)
+                self.save()
+                if stop.requested:
+                    self.interrupt()
         finally:
             log.close()
         return self.state
@@ -102,7 +105,7 @@ class Trainer:
         if self.state.step == 0:
             guard.check_moved(self.job.model)
         seconds, tokens = time.perf_counter() - started, int(self.job.rows.lengths[rows].sum())
-        self.count(loss_sum, items, tokens, seconds if timed else 0.0)
+        self.count(loss_sum, items, tokens, seconds, timed=timed)
         log.write(
             step=self.state.step, loss=loss, learning_rate=rate, grad_norm=norm, tokens=tokens, seconds=seconds, rows=rows
         )
@@ -126,7 +129,7 @@ class Trainer:
                 self.interrupt()
             batch = to_tensors(job.collate([job.store[row] for row in part]))
             loss, count = job.task.loss(job.model, batch)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]  # torch has no types here
             total += float(loss.detach())
             items += count
         guard.refuse_unsupervised(items, rows)
@@ -147,15 +150,16 @@ class Trainer:
         )
         return self.job.learning_rate * factor * self.state.rate_scale
 
-    def count(self, loss_sum: float, items: int, tokens: int, seconds: float) -> None:
-        """Enter a done step into the State; `seconds` is 0 for the first step of a process, which is not timed."""
+    def count(self, loss_sum: float, items: int, tokens: int, seconds: float, *, timed: bool) -> None:
+        """Enter a done step into the State; the first step of a process does not count for the speed."""
         state = self.state
         state.step += 1
         state.recent = [*state.recent, loss_sum / items][-guard.WINDOW :]
         state.tokens += tokens
         state.loss_sum += loss_sum
         state.loss_items += items
-        if seconds:
+        state.seconds["train"] = state.seconds.get("train", 0.0) + seconds
+        if timed:
             state.timed_tokens += tokens
             state.timed_seconds += seconds
 
@@ -166,10 +170,11 @@ class Trainer:
 
     def evaluate(self, log: Log) -> None:
         """Score the validation rows and keep the adapter if it is the best by the task's metric; ties go to the lower loss."""
-        state, task = self.state, self.job.task
+        state, task, started = self.state, self.job.task, time.perf_counter()
         state.train_loss = state.loss_sum / state.loss_items
         state.loss_sum, state.loss_items = 0.0, 0
         metrics = {name: value for name, value in self.job.score().items() if isinstance(value, float)}
+        state.seconds["validate"] = state.seconds.get("validate", 0.0) + time.perf_counter() - started
         log.write(step=state.step, train_loss=state.train_loss, valid=metrics)
         sign = 1.0 if task.higher_is_better else -1.0
 
