@@ -197,10 +197,12 @@ def test_broken_step_rolls_back_once_then_stops(
     assert caught.value.hint == "start again with --learning-rate 0.001"
 
 
-def test_spike_is_told_from_noise() -> None:
-    assert guard.broken(9.0, 1.0, [1.0] * 19) is None  # too early to tell
-    assert guard.broken(2.5, 1.0, [1.0] * 20) is None
-    assert guard.broken(9.0, 1.0, [1.0] * 20) == "the loss jumped to 9.000 from 1.000"
+def test_divergence_is_told_from_one_odd_batch() -> None:
+    assert guard.broken(9.0, 1.0, [1.0] * 39) is None  # too early to tell
+    assert guard.broken(9.0, 1.0, [1.0] * 40) is None  # one batch of odd rows
+    assert guard.broken(2.5, 1.0, [1.0] * 33 + [2.5] * 7) is None
+    assert guard.broken(9.0, 1.0, [1.0] * 33 + [9.0] * 7) == "the loss rose to 9.000 from 1.000"
+    assert guard.broken(0.5, 1.0, [0.01] * 33 + [0.5] * 7) is None
     assert guard.broken(1.0, math.inf, []) == "the gradient's norm is inf"
 
 

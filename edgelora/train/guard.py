@@ -3,27 +3,33 @@
 from __future__ import annotations
 
 import math
+from statistics import fmean
 
 from torch import nn
 
 from edgelora.adapters.inject import adapters
 from edgelora.errors import DataError, SettingsError
 
-WINDOW = 20  # steps that a loss is compared with
-SPIKE = 3.0  # a spike is a loss this many times above the window's mean …
+WINDOW = 40  # steps whose mean loss the latest are compared with
+LATEST = 8  # the mean of so many, for one batch of odd or mislabelled rows is no divergence
+SPIKE = 3.0  # a spike is a mean this many times the window's …
 SPIKE_NATS = 2.0  # … and this much above it: a loss near 0 may triple harmlessly
 
 
 def broken(loss: float, grad_norm: float, recent: list[float]) -> str | None:
-    """Return what is wrong with a step's mean loss and gradient norm (not finite, or far above the `recent` losses) or None."""
+    """Return what is wrong with a step's mean loss and gradient norm, or None.
+
+    Wrong is what is not finite, and a loss that has risen far above the `recent` ones, which end with the step before.
+    """
     if not math.isfinite(loss):
         return f"the loss is {loss}"
     if not math.isfinite(grad_norm):
         return f"the gradient's norm is {grad_norm}"
     if len(recent) == WINDOW:
-        mean = sum(recent) / WINDOW
-        if loss > SPIKE * mean and loss > mean + SPIKE_NATS:
-            return f"the loss jumped to {loss:.3f} from {mean:.3f}"
+        losses = [*recent, loss]
+        before, now = fmean(losses[:-LATEST]), fmean(losses[-LATEST:])
+        if now > SPIKE * before and now > before + SPIKE_NATS:
+            return f"the loss rose to {now:.3f} from {before:.3f}"
     return None
 
 
