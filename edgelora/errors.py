@@ -1,13 +1,13 @@
 """The exceptions of EdgeLoRA, each with the exit code that the command line gives it.
 
-    EdgeLoRAError
-    ├── UserError          2    what the user gave is at fault
-    │   ├── SettingsError       a setting, flag or TOML key
-    │   ├── DataError           rows; lists every problem found
-    │   ├── ModelError          weights, config or tokenizer of a model
-    │   └── FolderError         a run, merged or bundle folder
-    ├── MachineError       3    this machine cannot: budget, disk, a missing package
-    └── Interrupted      130    Ctrl-C or SIGTERM, after a checkpoint
+EdgeLoRAError
+├── UserError          2    what the user gave is at fault
+│   ├── SettingsError       a setting, flag or TOML key
+│   ├── DataError           rows; lists every problem found
+│   ├── ModelError          weights, config or tokenizer of a model
+│   └── FolderError         a run, merged or bundle folder
+├── MachineError       3    this machine cannot: budget, disk, a missing package
+└── Interrupted      130    Ctrl-C or SIGTERM, after a checkpoint
 """
 
 from __future__ import annotations
