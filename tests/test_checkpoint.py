@@ -23,6 +23,7 @@ from edgelora.train import checkpoint
 from edgelora.train.checkpoint import State
 from edgelora.train.finetune import finetune
 from edgelora.train.loop import Trainer
+from edgelora.train.run import Run
 
 # Dropout and a checkpoint after every step: what is resumed depends on every part of the state.
 SETTINGS: dict[str, Any] = {
@@ -180,6 +181,27 @@ def test_resumed_run_keeps_its_settings(inputs: tuple[str, str], stopped: Path) 
         f"a resumed run keeps its settings:\n  the data is other.jsonl; the run's is {inputs[1]}\n  rank is 4; the run's is 8"
     )
     assert caught.value.hint == "leave them out, or start again with --overwrite"
+
+
+def test_kill_before_the_last_manifest_loses_nothing(
+    inputs: tuple[str, str], undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    write = Run.write
+
+    def dying(self: Run, folder: Path, *, complete: bool, **results: Any) -> None:
+        if complete:
+            raise KeyboardInterrupt
+        write(self, folder, complete=complete, **results)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "write", dying)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(*inputs, run, FinetuneConfig(**SETTINGS))
+    assert not (run / checkpoint.FOLDER).exists()
+    result = finetune(*inputs, run, FinetuneConfig(), resume=True)
+    assert result["steps"] == SETTINGS["max_steps"]
+    check_same(run, undisturbed)
 
 
 def test_damaged_checkpoint_is_named(inputs: tuple[str, str], stopped: Path) -> None:

@@ -57,6 +57,8 @@ def finetune(
         folder.refuse_existing(out, overwrite=overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
     with folder.lock(out), folder.disk_errors(out):
+        if resume and ended(out):
+            return complete(out)
         begin = reopen if resume else start
         run, network = begin(out, source, data, config, stages)
         try:
@@ -135,6 +137,20 @@ def load(source: ModelSource, run: Run, stages: Stages) -> Model:
         targets = config.target_modules or get_task(run.task).target_modules
         inject.attach(network, LoRASettings.from_config(config), targets)
     return network
+
+
+def ended(out: Path) -> bool:
+    """Whether a process was killed after its results were recorded and its checkpoint removed."""
+    manifest = folder.read_manifest(out, "run")
+    return not manifest["complete"] and "figures" in manifest and not checkpoint.exists(out)
+
+
+def complete(out: Path) -> dict[str, Any]:
+    """Make a run with recorded results complete, without its checkpoint; return its figures."""
+    run, manifest = Run.read(out)
+    shutil.rmtree(out / checkpoint.FOLDER, ignore_errors=True)
+    run.write(out, complete=True, results=manifest["results"], figures=manifest["figures"])
+    return {"run": str(out), **manifest["figures"]}
 
 
 class Training:
@@ -246,10 +262,8 @@ class Training:
         }
         # The results are recorded before the checkpoint goes, so that a kill in between loses nothing.
         self.run.write(self.out, complete=False, results=rows, figures=figures)
-        shutil.rmtree(self.out / checkpoint.FOLDER, ignore_errors=True)
-        self.run.write(self.out, complete=True, results=rows, figures=figures)
         console.say(f"adapter of step {state.best['step']} in {self.out}")
-        return {"run": str(self.out), **figures}
+        return complete(self.out)
 
 
 def sample(store: Store, rows: list[Row], limit: int) -> tuple[list[Example], list[Row]]:
