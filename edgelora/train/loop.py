@@ -67,8 +67,7 @@ class Trainer:
         job, state = self.job, self.state
         log = Log(job.folder, state.step)
         try:
-            with stop_request() as stop, console.progress("training", job.num_steps) as bar:
-                bar.update(state.step)
+            with stop_request() as stop, console.progress("training", job.num_steps - state.step) as bar:
                 if not checkpoint.exists(job.folder):
                     self.save()
                 first = True
