@@ -61,7 +61,7 @@ class FinetuneConfig:
         None, "all-linear, or names separated by commas: q_proj,v_proj. Default: the task's.", flag=True
     )
     learning_rate: float | None = setting(None, "Peak learning rate. Default: the task's.", flag=True, allowed=ABOVE_0)
-    batch_size: int = setting(8, "Rows of one optimizer step.", flag=True, allowed=AT_LEAST_1)
+    batch_size: int | None = setting(None, "Rows of one optimizer step. Default: the task's.", flag=True, allowed=AT_LEAST_1)
     epochs: float = setting(3.0, "Passes over the training rows.", flag=True, allowed=ABOVE_0)
     max_steps: int | None = setting(
         None, "Stop after this many optimizer steps, whatever the epochs.", flag=True, allowed=AT_LEAST_1

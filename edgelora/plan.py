@@ -75,13 +75,15 @@ def make_plan(
     lengths: tokens of each training row; supervised: their share that is trained on.
     Raises MachineError with the least that would do when none fits, SettingsError for target modules that match nothing.
     """
+    from edgelora.tasks import get_task
     from edgelora.train.run import length_limit
 
     task = task or config.task or guess_task(source)
+    batch_size = config.batch_size or get_task(task).batch_size
     shape = ModelShape.of(source, task)
     budget = config.ram or (hardware.available_memory() + round(hardware.rss_mb() * MB)) // 2
     process = round(hardware.rss_mb() * MB)
-    work = lay_out(lengths, config, padded=shape.encoder)
+    work = lay_out(lengths, config, batch_size, padded=shape.encoder)
     tried: list[tuple[int, Settings, dict[str, int]]] = []
     for settings in candidates(shape, config, task):
         parts = costs.memory_parts(shape, settings, work.largest[settings.micro_batch], process)
@@ -103,32 +105,33 @@ def candidates(shape: ModelShape, config: FinetuneConfig, task: str) -> Iterator
     """Yield the settings to try, in the order of the module's docstring; what the user has set does not vary."""
     from edgelora.tasks import get_task
 
+    chosen = get_task(task)
     paths = [path for path, _, _ in shape.linears]
-    targets = costs.targeted(paths, config.target_modules or get_task(task).target_modules)
+    targets = costs.targeted(paths, config.target_modules or chosen.target_modules)
     checkpointing = (False, True) if config.gradient_checkpointing is None else (config.gradient_checkpointing,)
     for bits in ALL_BITS if config.base_bits is None else (config.base_bits,):
         for recompute in checkpointing:
-            for rows in micro_batches(config):
+            for rows in micro_batches(config, config.batch_size or chosen.batch_size):
                 yield Settings(bits, rows, recompute, config.rank, targets)
 
 
-def micro_batches(config: FinetuneConfig) -> list[int]:
+def micro_batches(config: FinetuneConfig, batch_size: int) -> list[int]:
     """Return the numbers of rows computed at once to try: the whole batch, its half, and so on to 1."""
     if config.micro_batch is not None:
-        return [min(config.micro_batch, config.batch_size)]
-    sizes = [config.batch_size]
+        return [min(config.micro_batch, batch_size)]
+    sizes = [batch_size]
     while sizes[-1] > 1:
         sizes.append((sizes[-1] + 1) // 2)
     return sizes
 
 
-def lay_out(lengths: NDArray[np.int64], config: FinetuneConfig, *, padded: bool) -> Work:
+def lay_out(lengths: NDArray[np.int64], config: FinetuneConfig, batch_size: int, *, padded: bool) -> Work:
     """Cut the rows into steps and pieces as training will, and measure the pieces."""
     from edgelora.train.batches import Schedule, split
 
-    schedule = Schedule(lengths, config.batch_size, config.seed)
+    schedule = Schedule(lengths, batch_size, config.seed)
     steps = schedule.num_steps(config.epochs, config.max_steps)
-    sizes = micro_batches(config)
+    sizes = micro_batches(config, batch_size)
     tokens, largest, pieces = 0, dict.fromkeys(sizes, 0), dict.fromkeys(sizes, 0)
     looked_at = min(steps, 4 * schedule.steps_per_epoch)  # later epochs are cut alike
     for step in range(looked_at):

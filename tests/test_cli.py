@@ -149,7 +149,7 @@ def test_command_line_over_toml_over_defaults(tmp_path: Path) -> None:
         "--config", str(file), "--rank", "2", "--no-truncate", "--columns", "prompt=a,completion=b", "--ram", "1GB"
     )
     assert (config.rank, config.truncate, config.dropout, config.base_bits) == (2, False, 0.1, 8)
-    assert (config.columns, config.ram, config.batch_size) == ({"prompt": "a", "completion": "b"}, 1 << 30, 8)
+    assert (config.columns, config.ram, config.batch_size) == ({"prompt": "a", "completion": "b"}, 1 << 30, None)
     assert options_of() == FinetuneConfig()
     assert options_of("--base-bits", "4", "--truncate") == FinetuneConfig(base_bits=4, truncate=True)
 

@@ -19,7 +19,7 @@ def test_toml_over_defaults(tmp_path: Path) -> None:
     config = load_toml(file, FinetuneConfig(rank=4))
     assert (config.learning_rate, config.epochs, config.ram, config.valid) == (1e-3, 2.0, 3 << 29, "0.2")
     assert (config.target_modules, config.dora, config.precision) == ("q_proj,v_proj", True, "int8")
-    assert (config.columns, config.rank, config.batch_size) == ({"prompt": "mr"}, 4, 8)
+    assert (config.columns, config.rank, config.batch_size) == ({"prompt": "mr"}, 4, None)
 
 
 def test_every_problem_of_a_toml_file_at_once(tmp_path: Path) -> None:

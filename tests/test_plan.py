@@ -107,11 +107,11 @@ def test_more_work_takes_longer(source: ModelSource) -> None:
 
 def test_pieces_are_those_of_training() -> None:
     lengths = np.array([10, 20, 30, 40, 50, 60, 70, 80], dtype=np.int64)
-    work = plan.lay_out(lengths, FinetuneConfig(batch_size=4, epochs=1), padded=False)
+    work = plan.lay_out(lengths, FinetuneConfig(epochs=1), 4, padded=False)
     assert (work.steps, work.tokens) == (2, 360)
     assert work.largest == {4: 260, 2: 150, 1: 80}
     assert work.pieces == {4: 2, 2: 4, 1: 8}
-    assert plan.lay_out(lengths, FinetuneConfig(batch_size=4, epochs=1), padded=True).largest == {4: 320, 2: 160, 1: 80}
+    assert plan.lay_out(lengths, FinetuneConfig(epochs=1), 4, padded=True).largest == {4: 320, 2: 160, 1: 80}
 
 
 @pytest.mark.parametrize("bits", [32, 16, 8, 4])

@@ -69,6 +69,7 @@ class Task(ABC):
     higher_is_better: ClassVar[bool]
     target_modules: ClassVar[str]
     learning_rate: ClassVar[float]
+    batch_size: ClassVar[int] = 8
     epochs: ClassVar[float] = 3.0
     has_labels: ClassVar[bool] = False
 

@@ -39,6 +39,7 @@ class TextClassification(Task):
     higher_is_better = True
     target_modules = "all-linear"
     learning_rate = 1e-3
+    batch_size = 32  # rows are short: fewer would leave the matrix products small
     has_labels = True
 
     def normalize(self, row: Row) -> Row:

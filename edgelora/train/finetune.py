@@ -189,7 +189,7 @@ class Training:
 
     def job(self) -> Job:
         config = self.config
-        rows = Schedule(self.store.lengths, config.batch_size, config.seed)
+        rows = Schedule(self.store.lengths, config.batch_size or self.task.batch_size, config.seed)
         return Job(
             model=self.model,
             task=self.task,
