@@ -38,7 +38,7 @@ class TextClassification(Task):
     metrics = ("loss", "accuracy", "macro_f1")
     higher_is_better = True
     target_modules = "all-linear"
-    learning_rate = 1e-3
+    learning_rate = 2e-3
     batch_size = 32  # rows are short: fewer would leave the matrix products small
     has_labels = True
 

@@ -7,8 +7,9 @@ from torch.optim import AdamW
 
 from edgelora.adapters.inject import adapters
 
-# A head starts from random weights, an adapter's product starts from zero and is scaled: they want like rates.
-HEAD_RATE = 1.0
+# A head begins at random and small, and is not scaled as an adapter is. Banking77 on MiniLM, 3 epochs: 0.876 with the
+# adapters' rate, 0.905 with ten times it.
+HEAD_RATE = 10.0
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
