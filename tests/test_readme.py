@@ -89,7 +89,14 @@ def test_python_imports_what_exists() -> None:
 def test_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The block as it stands, on a tiny model and a few of the example rows."""
     (code,) = code_blocks(README, "python")
-    tiny.save_decoder(tmp_path / "model", hidden_size=32, num_attention_heads=2, num_key_value_heads=1, head_dim=16, max_position_embeddings=512)
+    tiny.save_decoder(
+        tmp_path / "model",
+        hidden_size=32,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=512,
+    )
     rows = (ROOT / "examples" / "home_commands" / "train.jsonl").read_text(encoding="utf-8").splitlines()[:12]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
