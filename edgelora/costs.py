@@ -113,6 +113,7 @@ class Settings:
     gradient_checkpointing: bool
     rank: int
     targets: tuple[str, ...]  # paths of the adapted layers
+    grid_bits: int | None = None  # bits of their rounded weights, kept between steps where training is on the grid
 
 
 def adapter_weights(shape: ModelShape, settings: Settings) -> int:
@@ -135,6 +136,7 @@ def memory_parts(shape: ModelShape, settings: Settings, tokens: int, process: in
         "interpreter and libraries": process + WARM_KERNELS + (ENCODER_MODULES if shape.encoder else 0),
         "base weights": weights,
         "adapters and optimizer": trained,
+        "rounded weights": rounded_bytes(shape, settings),
         "activations": round(ALLOCATOR * kept),
         "loss": loss,
         "unpacking buffer": buffer,
@@ -144,6 +146,15 @@ def memory_parts(shape: ModelShape, settings: Settings, tokens: int, process: in
     later = trained + parts["activations"] + loss + buffer
     parts["loading, above that"] = max(0, round(loading) - later)
     return parts
+
+
+def rounded_bytes(shape: ModelShape, settings: Settings) -> int:
+    """Return the bytes of the adapted layers' rounded weights."""
+    if settings.grid_bits is None:
+        return 0
+    wanted = set(settings.targets)
+    weights = sum(outputs * inputs for path, outputs, inputs in shape.linears if path in wanted)
+    return round(weights * bytes_per_weight(settings.grid_bits))
 
 
 def base_bytes(shape: ModelShape, bits: int) -> int:

@@ -145,6 +145,7 @@ def load_torch(
     """Build the torch model of a run (base and adapter), a merged folder, or a plain model in fp32."""
     import torch
 
+    from edgelora.adapters.inject import put_on_grid
     from edgelora.hardware import physical_cores
     from edgelora.models.load import load_model
     from edgelora.models.predictor import TorchPredictor
@@ -158,6 +159,8 @@ def load_torch(
     folder = Path(target) if kind == "run" else source.folder
     if kind == "run":
         apply_adapter(model, source, folder, manifest)
+        if manifest["grid"] and not float_:
+            put_on_grid(model, manifest["grid"])
     tokenizer = Tokenizer.from_folder(folder)
     collate = functools.partial(task.collate, pad_token_id=tokenizer.pad_token_id or 0)
     max_length = (manifest.get("settings") or {}).get("max_length") or model_length(source.config)

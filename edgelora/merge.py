@@ -40,6 +40,7 @@ class Inputs:
     labels: list[str]
     folder: Path
     facts: dict[str, Any]  # the run's settings and results
+    grid: dict[str, Any]  # what the run was trained on; empty where it was not
 
 
 def merge(
@@ -64,7 +65,7 @@ def merge(
     refuse_existing(out, overwrite=overwrite)
     with torch.inference_mode():
         inputs = gather(run, adapter, model)
-        bits = plan_bits(inputs.adapted, precision, block_size)
+        bits = plan_bits(inputs.adapted, precision, block_size, inputs.grid)
         with new_folder(out, overwrite=overwrite) as staging:
             layers = write_weights(inputs.adapted, staging / WEIGHTS, bits, block_size)
             write_companions(inputs, staging)
@@ -110,7 +111,7 @@ def gather(run: Path | None, adapter: Path | None, model: str | None) -> Inputs:
     if task == CLASSIFICATION:
         labels = check_labels(labels, num_labels(adapted), source.config)
     facts: dict[str, Any] = {key: manifest[key] for key in ("settings", "results") if key in manifest}
-    return Inputs(adapted, task, labels, run or source.folder, facts)
+    return Inputs(adapted, task, labels, run or source.folder, facts, manifest.get("grid", {}))
 
 
 def check_base(source: ModelSource, manifest: dict[str, Any], run: Path) -> None:
@@ -141,11 +142,13 @@ def check_labels(labels: list[str], rows: int, config: dict[str, Any]) -> list[s
     return labels or [f"LABEL_{i}" for i in range(rows)]
 
 
-def plan_bits(adapted: Adapted, precision: str, block_size: int) -> dict[str, int]:
-    """Return the bits of each layer that goes on the grid, by the rule of `quant/bits.py`."""
+def plan_bits(adapted: Adapted, precision: str, block_size: int, trained: dict[str, Any]) -> dict[str, int]:
+    """Return the bits of each layer that ships rounded: those it was trained with, else by the rule of `quant/bits.py`."""
     layout = adapted.layout
     paths = (*layout.embeddings, *layout.linears)
     shapes = {path: (shape[0], shape[1]) for path in paths if (shape := adapted.shape(f"{path}.weight"))}
+    if (trained.get("precision"), trained.get("block_size")) == (precision, block_size):
+        return {path: trained["bits"].get(path, 8) for path in shapes}
     errors = {}
     if PRECISION_BITS[precision] == 4:
         for path in layout.linears:

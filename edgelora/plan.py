@@ -103,16 +103,19 @@ def guess_task(source: ModelSource) -> str:
 
 def candidates(shape: ModelShape, config: FinetuneConfig, task: str) -> Iterator[Settings]:
     """Yield the settings to try, in the order of the module's docstring; what the user has set does not vary."""
+    from edgelora.quant.bits import PRECISION_BITS
     from edgelora.tasks import get_task
+    from edgelora.train import on_grid
 
     chosen = get_task(task)
     paths = [path for path, _, _ in shape.linears]
     targets = costs.targeted(paths, config.target_modules or chosen.target_modules)
     checkpointing = (False, True) if config.gradient_checkpointing is None else (config.gradient_checkpointing,)
     for bits in ALL_BITS if config.base_bits is None else (config.base_bits,):
+        rounded = PRECISION_BITS[config.precision] if on_grid.applies(config, bits) else None
         for recompute in checkpointing:
             for rows in micro_batches(config, config.batch_size or chosen.batch_size):
-                yield Settings(bits, rows, recompute, config.rank, targets)
+                yield Settings(bits, rows, recompute, config.rank, targets, rounded)
 
 
 def micro_batches(config: FinetuneConfig, batch_size: int) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -68,6 +68,12 @@ def frozen_linears(model: Decoder | Encoder) -> dict[str, FrozenLinear]:
 def adapters(model: nn.Module) -> dict[str, LoRA]:
     """Return the adapters of a model by path, in the model's order."""
     return {module.path: module for module in model.modules() if isinstance(module, LoRA)}
+
+
+def put_on_grid(model: nn.Module, grid: dict[str, Any]) -> None:
+    """Let every adapter compute with the rounded weights that ship; `grid` is what the run's manifest records."""
+    for path, adapter in adapters(model).items():
+        adapter.grid = (int(grid["bits"][path]), int(grid["block_size"]))
 
 
 @contextmanager

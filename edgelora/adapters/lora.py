@@ -9,10 +9,13 @@ from __future__ import annotations
 import math
 import zlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
+
+from edgelora.models.linear import scratch
+from edgelora.quant.grid import QuantizedTensor, dequantize, quantize
 
 if TYPE_CHECKING:
     from edgelora.config import FinetuneConfig
@@ -68,8 +71,38 @@ def combine(weight_NK: Tensor, factors: Factors) -> Tensor:
     return adapted.mul_((factors.magnitude / torch.linalg.vector_norm(adapted, dim=1)).unsqueeze(1))
 
 
+class _OnGrid(torch.autograd.Function):
+    """x `[T, K]` times the rounded weight Q(W0 + s·BA) `[N, K]`.
+
+    The rounding's gradient is taken as 1 (straight-through, arXiv 1308.3432), so that A and B get LoRA's own gradients,
+    dB = s·gᵀ(x Aᵀ) and dA = s·(g B)ᵀ x, while x gets that of the rounded weight.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_TK: Tensor, a: Tensor, b: Tensor, scale: float, rounded: QuantizedTensor) -> Tensor:
+        ctx.save_for_backward(x_TK, a, b)
+        ctx.scale, ctx.rounded = scale, rounded
+        return x_TK @ in_scratch(rounded).t()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
+        x_TK, a, b = ctx.saved_tensors
+        grad_TN = grads[0]
+        grad_b = (grad_TN.t() @ (x_TK @ a.t())).mul_(ctx.scale)
+        grad_a = ((grad_TN @ b).t() @ x_TK).mul_(ctx.scale)
+        return (grad_TN @ in_scratch(ctx.rounded) if ctx.needs_input_grad[0] else None), grad_a, grad_b, None, None
+
+
+def in_scratch(rounded: QuantizedTensor) -> Tensor:
+    """Return fp32 `[N, K]` in the process's one unpacking buffer."""
+    return dequantize(rounded, scratch(rounded.scales.numel() * rounded.block_size))
+
+
 class LoRA(nn.Module):
-    """An adapter around a frozen linear layer. `enabled = False` gives the base layer's output."""
+    """An adapter around a frozen linear layer. `enabled = False` gives the base layer's output.
+
+    With `grid`, (bits, block size), the layer computes with the merged weight as it ships: rounded.
+    """
 
     def __init__(self, base: FrozenLinear, factors: Factors, dropout: float = 0.0) -> None:
         super().__init__()
@@ -78,10 +111,12 @@ class LoRA(nn.Module):
         self.scale = factors.scale
         self.dropout = dropout
         self.enabled = True
+        self.grid: tuple[int, int] | None = None
         self.lora_A = nn.Parameter(factors.a)
         self.lora_B = nn.Parameter(factors.b)
         self.lora_magnitude_vector = None if factors.magnitude is None else nn.Parameter(factors.magnitude)
         self._norms: tuple[tuple[int, int], Tensor] | None = None
+        self._rounded: tuple[tuple[int, int], QuantizedTensor] | None = None
 
     @classmethod
     def from_base(cls, base: FrozenLinear, settings: LoRASettings) -> Self:
@@ -127,6 +162,8 @@ class LoRA(nn.Module):
             plain: Tensor = self.base(x)
             return plain
         flat_TK = x.reshape(-1, x.shape[-1])
+        if self.grid is not None:
+            return self._on_grid(flat_TK).view(*x.shape[:-1], -1)
         base_TN: Tensor = self.base(flat_TK)
         low_TR = nn.functional.dropout(flat_TK, self.dropout, self.training) @ self.lora_A.t()
         if self.lora_magnitude_vector is None:
@@ -150,6 +187,19 @@ class LoRA(nn.Module):
             with torch.no_grad():
                 self._norms = versions, torch.linalg.vector_norm(self.base.weight_fp32() + self.delta(), dim=1)
         return self._norms[1]
+
+    def _on_grid(self, x_TK: Tensor) -> Tensor:
+        y_TN: Tensor = _OnGrid.apply(x_TK, self.lora_A, self.lora_B, self.scale, self.rounded())  # type: ignore[no-untyped-call]
+        return y_TN if self.base.bias is None else y_TN.add_(self.base.bias)
+
+    def rounded(self) -> QuantizedTensor:
+        """Return the merged weight on the grid, rounded once after each change of A and B. Needs `grid`."""
+        assert self.grid is not None
+        versions = (self.lora_A._version, self.lora_B._version)
+        if self._rounded is None or self._rounded[0] != versions:
+            with torch.no_grad():
+                self._rounded = versions, quantize(self.merge(), *self.grid)
+        return self._rounded[1]
 
     def delta(self) -> Tensor:
         """Return s·BA, fp32 `[N, K]`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import shlex
 import shutil
@@ -28,7 +29,7 @@ from edgelora.models.source import ModelSource, open_model
 from edgelora.plan import make_plan
 from edgelora.tasks import get_task
 from edgelora.tokenizer import Tokenizer
-from edgelora.train import checkpoint
+from edgelora.train import checkpoint, on_grid
 from edgelora.train.batches import Schedule
 from edgelora.train.checkpoint import State
 from edgelora.train.loop import Job, Trainer
@@ -105,6 +106,7 @@ def start(out: Path, source: ModelSource, data: str, config: FinetuneConfig, sta
         facts = {"reference": source.reference, "fingerprint": source.fingerprint, "license": source.license}
         run = Run(facts, data, prepared.task, prepared.labels, config, plan)
         network = load(source, run, stages)
+        run = round_as_shipped(network, run)
         copy_model_files(source, prepared.labels, staging)
         run.write(staging, complete=False)
         folder.swap_in(staging, out)
@@ -122,7 +124,8 @@ def reopen(out: Path, source: ModelSource, data: str, config: FinetuneConfig, st
     if manifest["complete"]:
         raise FolderError(f"{out} is complete: there is nothing to resume", hint="start again with --overwrite")
     run.refuse_other(source, data, config)
-    return run, load(source, run, stages)
+    network = load(source, run, stages)
+    return round_as_shipped(network, run), network
 
 
 def load(source: ModelSource, run: Run, stages: Stages) -> Model:
@@ -151,6 +154,15 @@ def complete(out: Path) -> dict[str, Any]:
     shutil.rmtree(out / checkpoint.FOLDER, ignore_errors=True)
     run.write(out, complete=True, results=manifest["results"], figures=manifest["figures"])
     return {"run": str(out), **manifest["figures"]}
+
+
+def round_as_shipped(network: Model, run: Run) -> Run:
+    """Put the adapters on the grid that will ship, where the run trains on it; return the run with that grid recorded."""
+    if not on_grid.applies(run.settings, run.plan.base_bits):
+        return run
+    run = dataclasses.replace(run, grid=run.grid or on_grid.choose_grid(network, run.settings))
+    inject.put_on_grid(network, run.grid)
+    return run
 
 
 class Training:

@@ -32,7 +32,8 @@ def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) 
             "lr_scale": HEAD_RATE,
         },
     ]
-    return AdamW([group for group in groups if group["params"]], lr=learning_rate, fused=True)
+    # Not fused: the fused update leaves a tensor's version as it was, and the adapters' rounded weights go by versions.
+    return AdamW([group for group in groups if group["params"]], lr=learning_rate, foreach=True)
 
 
 def set_learning_rate(optimizer: AdamW, rate: float) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ class Run:
     labels: list[str]
     settings: FinetuneConfig
     plan: Plan
+    grid: dict[str, Any] = field(default_factory=dict)  # what the training rounds to; empty where it does not
 
     def write(self, folder: Path, *, complete: bool, **results: Any) -> None:
         """Write the manifest; `results` is empty until the run is trained."""
@@ -43,6 +44,7 @@ class Run:
             data=self.data,
             settings=dataclasses.asdict(self.settings),
             plan=dataclasses.asdict(self.plan),
+            grid=self.grid,
             **results,
         )
 
@@ -53,7 +55,9 @@ class Run:
         try:
             settings = FinetuneConfig(**manifest["settings"])
             plan = Plan(**manifest["plan"])
-            run = cls(manifest["model"], manifest["data"], manifest["task"], manifest["labels"], settings, plan)
+            run = cls(
+                manifest["model"], manifest["data"], manifest["task"], manifest["labels"], settings, plan, manifest["grid"]
+            )
         except (KeyError, TypeError) as error:
             raise FolderError(f"{folder} is damaged: {error}", hint="start again with --overwrite") from None
         return run, manifest
@@ -68,10 +72,10 @@ class Run:
             problems.append(f"the model is {source.reference}; the run's is {self.model['reference']}, or its files changed")
         if Path(data).name != Path(self.data).name:
             problems.append(f"the data is {data}; the run's is {self.data}")
-        for field in dataclasses.fields(config):
-            asked, recorded = getattr(config, field.name), getattr(self.settings, field.name)
-            if asked not in (field.default, recorded):
-                problems.append(f"{field.name} is {asked}; the run's is {recorded}")
+        for known in dataclasses.fields(config):
+            asked, recorded = getattr(config, known.name), getattr(self.settings, known.name)
+            if asked not in (known.default, recorded):
+                problems.append(f"{known.name} is {asked}; the run's is {recorded}")
         if problems:
             raise SettingsError(
                 "\n  ".join(["a resumed run keeps its settings:", *problems]),
