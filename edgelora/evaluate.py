@@ -217,7 +217,8 @@ class Rows:
                 for line, row in iterate_file(path, functools.partial(problems.add, path)):
                     yield path, line, self.target.task.normalize(map_columns(row, self.columns))
 
-        return split, self._take(rows(), problems, limit)
+        # Where there is nothing but one set of rows, nobody has said that it is for training.
+        return "given" if split == "train" else split, self._take(rows(), problems, limit)
 
     def encode(self, path: Path, limit: int | None) -> Taken:
         """Return the first `limit` rows of a file of rows that are normalized already."""

@@ -121,7 +121,7 @@ def test_a_run_its_merge_and_its_bundle_score_alike(kind: str, request: pytest.F
     pairs = [{"prompt": f"say {n}", "completion": f"ok {n}"} for n in range(30)]
     texts = [{"text": f"number {n}", "label": ("odd", "even")[n % 2]} for n in range(30)]
     data = write_jsonl(tmp_path / "rows.jsonl", pairs if kind == "decoder" else texts)
-    config = FinetuneConfig(max_steps=4, threads=1, base_bits=32, seed=1)
+    config = FinetuneConfig(max_steps=4, threads=1, base_bits=32, seed=1, precision="fp32")
     model = request.getfixturevalue(f"{kind}_model")
     trained = finetune(str(model), data, tmp_path / "run", config)
     own = evaluate(tmp_path / "run", threads=1)
