@@ -47,7 +47,7 @@ def test_misspelt_column(edgelora: Edgelora) -> None:
         "error: no task has the columns completion, promt; wanted one of: messages (text-generation), prompt + completion "
         "(text-generation), text (text-generation), text + text_pair + label (text-classification), text + label "
         "(text-classification)\n"
-        "hint: --columns prompt=mr,completion=ref maps our names to the data's\n",
+        "hint: --columns prompt=promt maps our names to the data's\n",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from collections.abc import Iterable
 
@@ -33,8 +34,10 @@ def guess_task(columns: Iterable[str]) -> Task:
         fits += [(len(shape), task) for shape in task.shapes if found.issuperset(shape)]
     if fits:
         return max(fits, key=lambda fit: fit[0])[1]
+    known = {column for name in TASKS for shape in get_task(name).shapes for column in shape} - found
+    close = [f"{match}={column}" for column in sorted(found) for match in difflib.get_close_matches(column, known, n=1)]
     wanted = [f"{' + '.join(shape)} ({name})" for name in TASKS for shape in get_task(name).shapes]
     raise DataError(
         f"no task has the columns {', '.join(sorted(found)) or '(none)'}; wanted one of: {', '.join(wanted)}",
-        hint="--columns prompt=mr,completion=ref maps our names to the data's",
+        hint=f"--columns {','.join(close) or 'prompt=mr,completion=ref'} maps our names to the data's",
     )
