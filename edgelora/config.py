@@ -91,7 +91,9 @@ class FinetuneConfig:
     evaluations: int = setting(4, "Times that the validation rows are scored during training.", allowed=AT_LEAST_0)
     patience: int | None = setting(None, "Stop after this many evaluations without a better one.", allowed=AT_LEAST_1)
     checkpoint_minutes: float = setting(2.0, "Minutes between checkpoints.", allowed=ABOVE_0)
-    trust_remote_code: bool = setting(False, "Run Python code that comes with the model.", flag=True)
+    trust_remote_code: bool = setting(
+        False, "Open a model that names Python code of its own; that code is not run so far.", flag=True
+    )
 
 
 @dataclass(frozen=True)

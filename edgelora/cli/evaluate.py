@@ -25,7 +25,9 @@ from edgelora.cli.verb import verb
 @click.option("--float", "float_", is_flag=True, help="Score a RUN's adapter on the base in fp32.")
 @click.option("--truncate", is_flag=True, help="Cut rows over the length limit instead of refusing them.")
 @click.option("--threads", type=click.IntRange(1), metavar="INTEGER", help="CPU threads. Default: the physical cores.")
-@click.option("--trust-remote-code", is_flag=True, help="Run Python code that comes with a MODEL.")
+@click.option(
+    "--trust-remote-code", is_flag=True, help="Open a MODEL that names Python code of its own; that code is not run so far."
+)
 def evaluate(target: str, data: str | None, **options: Any) -> dict[str, Any]:
     """Score a run, merged folder, model or bundle on rows.
 

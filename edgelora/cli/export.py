@@ -17,7 +17,12 @@ from edgelora.cli.verb import output_option, overwrite_option, verb
 @output_option
 @click.option("--precision", type=click.Choice(["int4", "int8", "fp32"]), default=None, help="Default: the run's, else int4.")
 @click.option(
-    "--for", "device", type=click.Choice(["cpu", "web", "mobile"]), default="cpu", show_default=True, help="Where it runs."
+    "--for",
+    "device",
+    type=click.Choice(["cpu", "web", "mobile"]),
+    default="cpu",
+    show_default=True,
+    help="Where it will run: recorded in the bundle, whose graph is the same for all so far.",
 )
 @click.option("--model", help="The base model, where RUN does not name it or has moved.")
 @click.option(
