@@ -88,6 +88,17 @@ class FinetuneConfig:
     max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm.", allowed=ABOVE_0)
     rslora: bool = setting(False, "Scale by alpha / sqrt(rank) (rsLoRA).")
     dora: bool = setting(False, "Train a magnitude beside the direction (DoRA).")
+    init: str = setting("kaiming", "How A and B begin.", choices=("kaiming", "orthogonal", "pissa", "olora", "eva"))
+    loraplus_ratio: float | None = setting(
+        None, "B's learning rate as a multiple of A's (LoRA+). Default: the same rate.", allowed=AT_LEAST_1
+    )
+    rank_pattern: dict[str, int] | None = setting(  # noqa: RUF009
+        None, "Ranks of layers that have their own, by the end of the layer's name.", allowed=AT_LEAST_1
+    )
+    alpha_pattern: dict[str, float] | None = setting(  # noqa: RUF009
+        None, "Alphas of layers that have their own, by the end of the layer's name.", allowed=ABOVE_0
+    )
+    optimizer_bits: int | None = setting(None, "Bits of AdamW's moments. Default: the most that fits.", choices=(32, 8))
     evaluations: int = setting(4, "Times that the validation rows are scored during training.", allowed=AT_LEAST_0)
     patience: int | None = setting(None, "Stop after this many evaluations without a better one.", allowed=AT_LEAST_1)
     checkpoint_minutes: float = setting(2.0, "Minutes between checkpoints.", allowed=ABOVE_0)
@@ -179,9 +190,8 @@ def _checked(name: str, value: Any, annotation: Any, rules: Mapping[str, Any]) -
         value = tuple(value)
     if not isinstance(value, kinds):
         return value, f" ({type(value).__name__}); allowed: {_names(kinds)}"
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else ()
-    if not all(isinstance(item, str) for item in items):
-        return value, "; allowed: strings in it"
+    if isinstance(value, dict | tuple):
+        return _checked_items(value, get_args(next(kind for kind in wanted if get_origin(kind))), rules["allowed"])
     if value is not None and rules["choices"] and value not in rules["choices"]:
         return value, f"; allowed: {', '.join(map(str, rules['choices']))}"
     if isinstance(value, int | float) and rules["allowed"] is not None and value not in rules["allowed"]:
@@ -189,9 +199,25 @@ def _checked(name: str, value: Any, annotation: Any, rules: Mapping[str, Any]) -
     return value, ""
 
 
+def _checked_items(value: Any, arguments: tuple[Any, ...], allowed: Range | None) -> tuple[Any, str]:
+    """Check what is in a table or a list; `arguments` are those of the annotation: dict's key and value, tuple's item."""
+    kind = arguments[1] if isinstance(value, dict) else arguments[0]
+    if kind is float and isinstance(value, dict):
+        value = {key: float(item) if type(item) is int else item for key, item in value.items()}
+    items = value.values() if isinstance(value, dict) else value
+    if not all(type(item) is kind for item in items):
+        return value, f"; allowed: {ITEMS[kind]} in it"
+    if allowed is not None and not all(item in allowed for item in items):
+        return value, f"; allowed: {ITEMS[kind]} in it, {allowed}"
+    return value, ""
+
+
+ITEMS: dict[type, str] = {str: "strings", int: "whole numbers", float: "numbers"}
+
+
 def _names(kinds: tuple[type, ...]) -> str:
     names = {"int": "a whole number", "float": "a number", "str": "a string", "bool": "true or false"}
-    names |= {"dict": "a table of strings", "tuple": "a list of strings"}
+    names |= {"dict": "a table", "tuple": "a list"}
     return " or ".join(names[kind.__name__] for kind in kinds if kind is not type(None))
 
 
