@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 import zlib
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor, nn
 
-from edgelora.models.linear import scratch
+from edgelora.adapters.initialize import FROM_WEIGHT, INITIALIZATIONS, Start, from_pattern
+from edgelora.models.linear_group import LinearGroup, linears
 from edgelora.quant.grid import QuantizedTensor, dequantize, quantize
 
 if TYPE_CHECKING:
@@ -24,24 +26,40 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoRASettings:
-    """What decides an adapter's form. `alpha / rank` scales the update; with rsLoRA `alpha / sqrt(rank)`."""
+    """What decides an adapter's form. The patterns give layers a rank and an alpha of their own, by PEFT's rule."""
 
     rank: int = 8
-    alpha: float = 16.0
+    alpha: float | None = None  # None: 2 × the layer's rank
     rslora: bool = False
     dora: bool = False
     dropout: float = 0.0
     seed: int = 0
+    init: str = "kaiming"
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def from_config(cls, config: FinetuneConfig) -> Self:
-        alpha = 2.0 * config.rank if config.alpha is None else config.alpha
-        return cls(config.rank, alpha, config.rslora, config.dora, config.dropout, config.seed)
+        return cls(
+            config.rank,
+            config.alpha,
+            config.rslora,
+            config.dora,
+            config.dropout,
+            config.seed,
+            config.init,
+            config.rank_pattern or {},
+            config.alpha_pattern or {},
+        )
 
-    @property
-    def scale(self) -> float:
+    def rank_of(self, path: str) -> int:
+        return from_pattern(self.rank_pattern, path, self.rank)
+
+    def scale_of(self, path: str) -> float:
         """alpha / r; rsLoRA (arXiv 2312.03732, eq. 6): alpha / sqrt(r), which keeps the update's size as r grows."""
-        return self.alpha / math.sqrt(self.rank) if self.rslora else self.alpha / self.rank
+        rank = self.rank_of(path)
+        alpha = from_pattern(self.alpha_pattern, path, 2.0 * rank if self.alpha is None else self.alpha)
+        return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
 
 @dataclass(frozen=True)
@@ -71,37 +89,11 @@ def combine(weight_NK: Tensor, factors: Factors) -> Tensor:
     return adapted.mul_((factors.magnitude / torch.linalg.vector_norm(adapted, dim=1)).unsqueeze(1))
 
 
-class _OnGrid(torch.autograd.Function):
-    """x `[T, K]` times the rounded weight Q(W0 + s·BA) `[N, K]`.
-
-    The rounding's gradient is taken as 1 (straight-through, arXiv 1308.3432), so that A and B get LoRA's own gradients,
-    dB = s·gᵀ(x Aᵀ) and dA = s·(g B)ᵀ x, while x gets that of the rounded weight.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x_TK: Tensor, a: Tensor, b: Tensor, scale: float, rounded: QuantizedTensor) -> Tensor:
-        ctx.save_for_backward(x_TK, a, b)
-        ctx.scale, ctx.rounded = scale, rounded
-        return x_TK @ in_scratch(rounded).t()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
-        x_TK, a, b = ctx.saved_tensors
-        grad_TN = grads[0]
-        grad_b = (grad_TN.t() @ (x_TK @ a.t())).mul_(ctx.scale)
-        grad_a = ((grad_TN @ b).t() @ x_TK).mul_(ctx.scale)
-        return (grad_TN @ in_scratch(ctx.rounded) if ctx.needs_input_grad[0] else None), grad_a, grad_b, None, None
-
-
-def in_scratch(rounded: QuantizedTensor) -> Tensor:
-    """Return fp32 `[N, K]` in the process's one unpacking buffer."""
-    return dequantize(rounded, scratch(rounded.scales.numel() * rounded.block_size))
-
-
 class LoRA(nn.Module):
     """An adapter around a frozen linear layer. `enabled = False` gives the base layer's output.
 
-    With `grid`, (bits, block size), the layer computes with the merged weight as it ships: rounded.
+    With `grid`, (bits, block size), the layer computes with the merged weight as it ships: rounded. With `initial`, (A0, B0),
+    it acts by what its product has become since: s·(BA - B0 A0), of rank 2r (initialize.py).
     """
 
     def __init__(self, base: FrozenLinear, factors: Factors, dropout: float = 0.0) -> None:
@@ -112,24 +104,30 @@ class LoRA(nn.Module):
         self.dropout = dropout
         self.enabled = True
         self.grid: tuple[int, int] | None = None
+        self.initial: tuple[Tensor, Tensor] | None = None
         self.lora_A = nn.Parameter(factors.a)
         self.lora_B = nn.Parameter(factors.b)
         self.lora_magnitude_vector = None if factors.magnitude is None else nn.Parameter(factors.magnitude)
         self._norms: tuple[tuple[int, int], Tensor] | None = None
+        self._alone: LinearGroup | None = None
         self._rounded: tuple[tuple[int, int], QuantizedTensor] | None = None
 
     @classmethod
     def from_base(cls, base: FrozenLinear, settings: LoRASettings) -> Self:
-        """Return a new adapter: A Kaiming-uniform with bound 1 / sqrt(K), B zero, so that training starts at the base.
+        """Return a new adapter as initialize.py begins it, so that training starts at the base.
 
-        A depends on the seed and the layer's path alone: neither on the order nor on the choice of other adapters.
+        What is random depends on the seed and the layer's path alone: neither on the order nor on the choice of other adapters.
         """
         # One number of 32 bits: torch's generator on a CPU ignores the bits above.
         generator = torch.Generator().manual_seed(zlib.crc32(f"{settings.seed} {base.path}".encode()))
-        bound = 1.0 / math.sqrt(base.in_features)
-        a = torch.empty(settings.rank, base.in_features).uniform_(-bound, bound, generator=generator)
+        rank, scale = settings.rank_of(base.path), settings.scale_of(base.path)
+        shape = (base.out_features, base.in_features)
+        a, b = INITIALIZATIONS[settings.init](Start(base.weight_fp32, shape, rank, scale, generator))
         magnitude = torch.linalg.vector_norm(base.weight_fp32(), dim=1) if settings.dora else None
-        return cls(base, Factors(a, torch.zeros(base.out_features, settings.rank), settings.scale, magnitude), settings.dropout)
+        layer = cls(base, Factors(a, b, scale, magnitude), settings.dropout)
+        if settings.init in FROM_WEIGHT:
+            layer.initial = a.clone(), b.clone()
+        return layer
 
     @property
     def in_features(self) -> int:
@@ -141,18 +139,22 @@ class LoRA(nn.Module):
 
     @property
     def factors(self) -> Factors:
-        magnitude = self.lora_magnitude_vector
-        return Factors(
-            self.lora_A.detach(), self.lora_B.detach(), self.scale, None if magnitude is None else magnitude.detach()
-        )
+        """The adapter as it acts and ships, apart from its parameters' gradients: with `initial`, [A; A0] and [B, -B0]."""
+        a, b, magnitude = self.lora_A.detach(), self.lora_B.detach(), self.lora_magnitude_vector
+        if self.initial is not None:
+            a, b = torch.cat([a, self.initial[0]]), torch.cat([b, -self.initial[1]], 1)
+        return Factors(a, b, self.scale, None if magnitude is None else magnitude.detach())
 
     @torch.no_grad()
     def set_factors(self, factors: Factors) -> None:
-        """Take the tensors of `factors`, which have the same rank; the scale becomes theirs."""
-        assert factors.a.shape == self.lora_A.shape
+        """Take the tensors of `factors`, which have the same rank as this adapter's own; the scale becomes theirs."""
+        rank = self.lora_A.shape[0]
+        assert factors.rank == (rank if self.initial is None else 2 * rank)
         self.scale = factors.scale
-        self.lora_A.copy_(factors.a)
-        self.lora_B.copy_(factors.b)
+        self.lora_A.copy_(factors.a[:rank])
+        self.lora_B.copy_(factors.b[:, :rank])
+        if self.initial is not None:
+            self.initial = factors.a[rank:].clone(), -factors.b[:, rank:]
         if self.lora_magnitude_vector is not None and factors.magnitude is not None:
             self.lora_magnitude_vector.copy_(factors.magnitude)
 
@@ -162,8 +164,9 @@ class LoRA(nn.Module):
             plain: Tensor = self.base(x)
             return plain
         flat_TK = x.reshape(-1, x.shape[-1])
-        if self.grid is not None:
-            return self._on_grid(flat_TK).view(*x.shape[:-1], -1)
+        if self.in_weight_space:
+            self._alone = self._alone or LinearGroup([self])
+            return linears(flat_TK, self._alone).view(*x.shape[:-1], -1)
         base_TN: Tensor = self.base(flat_TK)
         low_TR = nn.functional.dropout(flat_TK, self.dropout, self.training) @ self.lora_A.t()
         if self.lora_magnitude_vector is None:
@@ -172,6 +175,33 @@ class LoRA(nn.Module):
         else:
             out_TN = self._rescale(base_TN, low_TR, self.lora_magnitude_vector)
         return out_TN.view(*x.shape[:-1], -1)
+
+    @property
+    def frozen(self) -> FrozenLinear:
+        """The frozen layer under the adapter (linear_group.Member)."""
+        return self.base
+
+    @property
+    def in_weight_space(self) -> bool:
+        """Whether the adapter acts through the weight alone: not with dropout on its input, nor with DoRA, whose norms are
+        constants to its gradient."""
+        return not self.enabled or (self.lora_magnitude_vector is None and not (self.dropout and self.training))
+
+    def trained(self) -> Factors | None:
+        """Return the parameters themselves, as what is trained, unless the adapter is switched off."""
+        return Factors(self.lora_A, self.lora_B, self.scale) if self.enabled else None
+
+    @torch.no_grad()
+    def fill(self, rows: Tensor) -> None:
+        """Write the weight that acts, W0 + s·BA or Q(W0 + s·BA), to `rows` `[N, row_elements]` of an unpacking buffer."""
+        if not self.enabled:
+            self.base.fill(rows)
+        elif self.grid is not None:
+            dequantize(self.rounded(), rows)
+        else:
+            self.base.fill(rows)
+            factors = self.factors
+            rows[:, : self.in_features].addmm_(factors.b, factors.a, alpha=factors.scale)
 
     def _rescale(self, base_TN: Tensor, low_TR: Tensor, magnitude_N: Tensor) -> Tensor:
         """DoRA: (x W0ᵀ + s·x AᵀBᵀ) · m / ‖W0 + s·BA‖ + bias, the norm taken as a constant (the paper's section 4.3)."""
@@ -188,10 +218,6 @@ class LoRA(nn.Module):
                 self._norms = versions, torch.linalg.vector_norm(self.base.weight_fp32() + self.delta(), dim=1)
         return self._norms[1]
 
-    def _on_grid(self, x_TK: Tensor) -> Tensor:
-        y_TN: Tensor = _OnGrid.apply(x_TK, self.lora_A, self.lora_B, self.scale, self.rounded())  # type: ignore[no-untyped-call]
-        return y_TN if self.base.bias is None else y_TN.add_(self.base.bias)
-
     def rounded(self) -> QuantizedTensor:
         """Return the merged weight on the grid, rounded once after each change of A and B. Needs `grid`."""
         assert self.grid is not None
@@ -202,8 +228,9 @@ class LoRA(nn.Module):
         return self._rounded[1]
 
     def delta(self) -> Tensor:
-        """Return s·BA, fp32 `[N, K]`."""
-        return self.scale * (self.lora_B.detach() @ self.lora_A.detach())
+        """Return what the adapter adds to the weight, s·BA or s·(BA - B0 A0), fp32 `[N, K]`."""
+        factors = self.factors
+        return factors.scale * (factors.b @ factors.a)
 
     def merge(self) -> Tensor:
         """Return the weight that acts as base and adapter together, fp32 `[N, K]`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,28 +14,80 @@ from torch import Tensor
 
 from edgelora.models.rope import Rope
 
+Rotation = tuple[Tensor, Tensor]  # cos and sin, [T, 1, half of the rotated channels]
+LONGEST_PADDING = 1.25  # documents are computed together up to so many times their own tokens
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How packed documents are laid out for attention: runs of (documents, padded length), one after the other.
+
+    gather: int64 `[padded]`, the packed token at each padded place; back: int64 `[T]`, the padded place of each packed token.
+    Both None where nothing is padded.
+    """
+
+    runs: tuple[tuple[int, int], ...]
+    gather: Tensor | None = None
+    back: Tensor | None = None
+
+
+def lay_out(starts: Sequence[int]) -> Layout:
+    """Return the layout of documents with boundaries `[0, …, T]`: neighbours of like length form a run."""
+    runs: list[list[int]] = []
+    for length in (stop - start for start, stop in itertools.pairwise(starts)):
+        if runs:
+            together = [*runs[-1], length]
+            if len(together) * max(together) <= LONGEST_PADDING * sum(together):
+                runs[-1] = together
+                continue
+        runs.append([length])
+    shape = tuple((len(run), max(run)) for run in runs)
+    if sum(documents * length for documents, length in shape) == starts[-1]:
+        return Layout(shape)
+    gather, back, token, place = [], [], 0, 0
+    for run in runs:
+        for length in run:
+            places = torch.arange(max(run))
+            gather.append((token + places).clamp_(max=token + length - 1))
+            back.append(place + places[:length])
+            token, place = token + length, place + max(run)
+    return Layout(shape, torch.cat(gather), torch.cat(back))
+
 
 @dataclass
 class Context:
     """What all blocks of one forward pass share.
 
     starts: document boundaries, `[0, …, T]`; positions: int64 `[T]`, restarting per document
-    rotations: cos and sin `[T, 1, dim / 2]` for each rotary embedding of the model; filled on first use
     cache: keys and values of all layers while generating
     """
 
     starts: Sequence[int]
     positions: Tensor
-    rotations: dict[Rope, tuple[Tensor, Tensor]] = field(default_factory=dict)
     cache: Cache | None = None
+    _rotations: dict[tuple[Rope, bool], Rotation] = field(default_factory=dict)
 
-    def rotation(self, rope: Rope) -> tuple[Tensor, Tensor]:
-        if rope not in self.rotations:
+    @functools.cached_property
+    def layout(self) -> Layout:
+        return lay_out(self.starts)
+
+    def rotation(self, rope: Rope) -> Rotation:
+        """Return cos and sin at the tokens' positions, `[T, 1, half]`."""
+        return self._rotation(rope, self.positions, padded=False)
+
+    def padded_rotation(self, rope: Rope) -> Rotation:
+        """Return cos and sin at every place of the layout."""
+        gather = self.layout.gather
+        positions = self.positions if gather is None else self.positions[gather]
+        return self._rotation(rope, positions, padded=True)
+
+    def _rotation(self, rope: Rope, positions: Tensor, *, padded: bool) -> Rotation:
+        if (rope, padded) not in self._rotations:
             frequencies = torch.tensor(rope.inverse_frequencies, dtype=torch.float32)
-            angles = self.positions.float().unsqueeze(-1) * frequencies
+            angles = positions.float().unsqueeze(-1) * frequencies
             cos, sin = angles.cos().mul_(rope.attention_factor), angles.sin().mul_(rope.attention_factor)
-            self.rotations[rope] = cos.unsqueeze(1), sin.unsqueeze(1)
-        return self.rotations[rope]
+            self._rotations[rope, padded] = cos.unsqueeze(1), sin.unsqueeze(1)
+        return self._rotations[rope, padded]
 
 
 class Cache:
@@ -71,31 +124,52 @@ class Cache:
 
 
 class _Rotate(torch.autograd.Function):
-    """x `[T, heads, head_dim]` rotated in its first 2 * cos.shape[-1] channels; the gradient is rotated back."""
+    """x `[T, heads, head_dim]`, gathered by `index` if there is one, and rotated in its first 2 * cos.shape[-1] channels.
+
+    The gradient is rotated back and scattered; where a token was gathered as padding it is not in `back`.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin)
+    def forward(ctx: Any, x: Tensor, rotation: Rotation | None, layout: Layout) -> Tensor:
+        ctx.rotation, ctx.layout = rotation, layout
+        if layout.gather is not None:
+            x = x.index_select(0, layout.gather)
+        elif rotation is None:
+            return x.clone(memory_format=torch.contiguous_format)
+        return x if rotation is None else rotated(x, *rotation)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        return _rotated(grads[0], cos, -sin), None, None
+        grad = grads[0]
+        if ctx.rotation is not None:
+            cos, sin = ctx.rotation
+            grad = rotated(grad, cos, -sin)
+        return (grad if ctx.layout.back is None else grad.index_select(0, ctx.layout.back)), None, None
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+class _Unpad(torch.autograd.Function):
+    """Attention's output `[padded, W]` at the real tokens, `[T, W]`; padding gets no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layout: Layout) -> Tensor:
+        ctx.layout, ctx.size = layout, x.shape[0]
+        return x.index_select(0, layout.back)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        grad = grads[0].new_zeros(ctx.size, grads[0].shape[1])
+        return grad.index_copy_(0, ctx.layout.back, grads[0]), None
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return x `[T, heads, head_dim]` with the pairs (i, i + half) turned; cos and sin are `[T, 1, half]`."""
     half = cos.shape[-1]
     left, right = x[..., :half], x[..., half : 2 * half]
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     torch.mul(left, cos, out=out[..., :half]).addcmul_(right, sin, value=-1)
     torch.mul(right, cos, out=out[..., half : 2 * half]).addcmul_(left, sin)
-    out[..., 2 * half :] = x[..., 2 * half :]
-    return out
-
-
-def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    out: Tensor = _Rotate.apply(x, *rotation)  # type: ignore[no-untyped-call]
+    if 2 * half < x.shape[-1]:
+        out[..., 2 * half :] = x[..., 2 * half :]
     return out
 
 
@@ -109,15 +183,27 @@ class Scores:
     softcap: float
 
 
-def attend_packed(q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int], scores: Scores) -> Tensor:
-    """Causal attention inside each document; returns `[T, heads, head_dim]`."""
-    parts = []
-    for start, stop in itertools.pairwise(starts):
-        q1, k1, v1 = (x[start:stop].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-        masked = scores.softcap or (scores.window is not None and scores.window < stop - start)
-        mask = _causal_mask(stop - start, scores.window) if masked else None
-        parts.append(_attend(q1, k1, v1, mask, scores).squeeze(0).transpose(0, 1))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def attend_packed(q: Tensor, k: Tensor, v: Tensor, rope: Rope | None, context: Context, scores: Scores) -> Tensor:
+    """Causal attention inside each document; q `[T, heads, head_dim]` → `[T, heads * head_dim]`.
+
+    Documents of like length are computed together, the shorter ones padded at their end: there nothing real looks, for what is
+    behind a token is masked for it anyway. So no document sees another, and no mask is needed for the padding.
+    """
+    layout = context.layout
+    rotation = context.padded_rotation(rope) if rope is not None else None
+    parts = [_Rotate.apply(x, turn, layout) for x, turn in ((q, rotation), (k, rotation), (v, None))]  # type: ignore[no-untyped-call]
+    sizes = [documents * length for documents, length in layout.runs]
+    outputs = []
+    for (documents, length), run in zip(layout.runs, zip(*(part.split(sizes) for part in parts), strict=True), strict=True):
+        q1, k1, v1 = (x.view(documents, length, x.shape[1], x.shape[2]).transpose(1, 2) for x in run)
+        masked = scores.softcap or (scores.window is not None and scores.window < length)
+        mask = _causal_mask(length, scores.window) if masked else None
+        outputs.append(_attend(q1, k1, v1, mask, scores).transpose(1, 2).reshape(documents * length, -1))
+    padded = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    if layout.back is None:
+        return padded
+    out: Tensor = _Unpad.apply(padded, layout)  # type: ignore[no-untyped-call]
+    return out
 
 
 def attend_cached(q: Tensor, cache: Cache, layer: int, scores: Scores) -> Tensor:

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from edgelora.models.attention import Cache, Context, Scores, attend_cached, attend_packed, rotate
-from edgelora.models.elementwise import FrozenNorm, activate, gated
+from edgelora.models.attention import Cache, Context, Scores, attend_cached, attend_packed, rotated
+from edgelora.models.elementwise import Activation, Elementwise, FrozenNorm
 from edgelora.models.head import Head
 from edgelora.models.linear import FrozenEmbedding, FrozenLinear
+from edgelora.models.linear_group import LinearGroup, linears
+from edgelora.models.recompute import Keeping
 from edgelora.models.spec import DecoderSpec
 
 
@@ -24,67 +25,75 @@ class Block(nn.Module):
         self.layer = layer
         self.linears = nn.ModuleDict(linears)
         self.norms = nn.ModuleDict(norms)
+        self._groups: dict[tuple[str, ...], LinearGroup] = {}
 
     def forward(self, hidden_TH: Tensor, context: Context) -> Tensor:
-        attended = self._norm("attn_out", self._attention(self._norm("attn_in", hidden_TH), context))
-        hidden_TH = self._add(hidden_TH, attended)
-        return self._add(hidden_TH, self._norm("mlp_out", self._mlp(self._norm("mlp_in", hidden_TH))))
-
-    def _norm(self, role: str, x: Tensor) -> Tensor:
-        if role not in self.norms:
-            return x
-        y: Tensor = self.norms[role](x)
-        return y
-
-    def _add(self, hidden_TH: Tensor, update_TH: Tensor) -> Tensor:
-        return torch.add(hidden_TH, update_TH, alpha=self.spec.residual_scale)
-
-    def _attention(self, x_TH: Tensor, context: Context) -> Tensor:
         spec = self.spec
-        q, k, v = self._heads(x_TH)
+        attended = self._attention(hidden_TH, context)
+        hidden_TH = self._out("o", attended, None, "attn_out", hidden_TH)
+        inner = self._linears(("gate_up",) if "gate_up" in self.linears else self._mlp_in, hidden_TH, self._norm("mlp_in"))
+        return self._out("down", inner, Activation(spec.activation, gated=spec.gated), "mlp_out", hidden_TH)
+
+    @property
+    def _mlp_in(self) -> tuple[str, ...]:
+        return ("gate", "up") if "gate" in self.linears else ("up",)
+
+    def _norm(self, role: str) -> FrozenNorm | None:
+        if role not in self.norms:
+            return None
+        norm = self.norms[role]
+        assert isinstance(norm, FrozenNorm)
+        return norm
+
+    def _linears(self, roles: tuple[str, ...], x_TK: Tensor, f: Elementwise | None, residual: Tensor | None = None) -> Tensor:
+        """Return the outputs of the layers of these roles side by side, of f(x); with a residual, added to it."""
+        return linears(x_TK, self.group(roles), f, residual, self.spec.residual_scale if residual is not None else 1.0)
+
+    def group(self, roles: tuple[str, ...]) -> LinearGroup:
+        """Return the layers of these roles, which have the same input, as one."""
+        members = [self.linears[role] for role in roles]
+        known = self._groups.get(roles)
+        if known is None or any(a is not b for a, b in zip(known.members, members, strict=True)):
+            known = self._groups[roles] = LinearGroup(members)
+        return known
+
+    def _out(self, role: str, x_TK: Tensor, f: Elementwise | None, norm_role: str, hidden_TH: Tensor) -> Tensor:
+        """Return the residual plus a linear layer of f(x), where the family norms that layer's output, its norm."""
+        norm = self._norm(norm_role)
+        if norm is None:
+            return self._linears((role,), x_TK, f, hidden_TH)
+        return torch.add(hidden_TH, norm(self._linears((role,), x_TK, f)), alpha=self.spec.residual_scale)
+
+    def _attention(self, hidden_TH: Tensor, context: Context) -> Tensor:
+        """Return the heads' outputs `[T, heads * head_dim]`."""
+        spec = self.spec
+        q, k, v = self._heads(hidden_TH)
         rope = spec.ropes[self.layer]
-        if rope is not None:
-            q, k = (rotate(x, context.rotation(rope)) for x in (q, k))
         how = Scores(spec.attention_scale, spec.windows[self.layer], spec.attention_softcap)
         cache = context.cache
-        if cache is not None and cache.started:
+        if cache is None:
+            return attend_packed(q, k, v, rope, context, how)
+        if rope is not None:
+            q, k = (rotated(x, *context.rotation(rope)) for x in (q, k))
+        if cache.started:
             cache.append(self.layer, k, v)
-            attended = attend_cached(q, cache, self.layer, how)
-        else:
-            if cache is not None:
-                cache.fill(self.layer, context.starts, k, v)
-            attended = attend_packed(q, k, v, context.starts, how)
-        return self._linear("o", attended.reshape(x_TH.shape[0], -1))
+            return attend_cached(q, cache, self.layer, how).flatten(1)
+        cache.fill(self.layer, context.starts, k, v)
+        return attend_packed(q, k, v, None, context, how)
 
-    def _linear(self, role: str, x: Tensor) -> Tensor:
-        y: Tensor = self.linears[role](x)
-        return y
-
-    def _heads(self, x_TH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _heads(self, hidden_TH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return q `[T, heads, head_dim]`, k and v `[T, kv_heads, head_dim]`, normed where the family norms them."""
         spec = self.spec
-        if "qkv" in self.linears:
-            sizes = [spec.num_heads * spec.head_dim, *2 * [spec.num_kv_heads * spec.head_dim]]
-            q, k, v = torch.split(self._linear("qkv", x_TH), sizes, -1)
-        else:
-            q, k, v = (self._linear(role, x_TH) for role in ("q", "k", "v"))
-        if spec.qk_norm == "full":
-            q, k = self._norm("q_norm", q), self._norm("k_norm", k)
-        q, k, v = (x.view(x.shape[0], -1, spec.head_dim) for x in (q, k, v))
-        if spec.qk_norm == "head":
-            q, k = self._norm("q_norm", q), self._norm("k_norm", k)
+        roles = ("qkv",) if "qkv" in self.linears else ("q", "k", "v")
+        sizes = [spec.num_heads * spec.head_dim, *2 * [spec.num_kv_heads * spec.head_dim]]
+        q, k, v = torch.split(self._linears(roles, hidden_TH, self._norm("attn_in")), sizes, -1)
+        q_norm, k_norm = self._norm("q_norm"), self._norm("k_norm")
+        if spec.qk_norm == "full" and q_norm is not None and k_norm is not None:
+            q, k = q_norm(q), k_norm(k)
+        q, k, v = (x.unflatten(-1, (-1, spec.head_dim)) for x in (q, k, v))
+        if spec.qk_norm == "head" and q_norm is not None and k_norm is not None:
+            q, k = q_norm(q), k_norm(k)
         return q, k, v
-
-    def _mlp(self, x_TH: Tensor) -> Tensor:
-        kind = self.spec.activation
-        if "gate_up" in self.linears:
-            gate, up = self._linear("gate_up", x_TH).chunk(2, -1)
-            inner = gated(gate, up, kind)
-        elif "gate" in self.linears:
-            inner = gated(self._linear("gate", x_TH), self._linear("up", x_TH), kind)
-        else:
-            inner = activate(self._linear("up", x_TH), kind)
-        return self._linear("down", inner)
 
 
 def positions_of(starts: Tensor) -> Tensor:
@@ -111,7 +120,16 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.final_norm = final_norm
         self.head = Head(head.weight, spec.logits_scale, spec.logits_softcap)
-        self.gradient_checkpointing = False
+        self.keeping = Keeping()
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether every block is computed again in backward."""
+        return self.keeping.kept_blocks == 0
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, wanted: bool) -> None:
+        self.keeping = Keeping(0 if wanted else len(self.blocks))
 
     def hidden(self, ids_T: Tensor, starts: Tensor) -> Tensor:
         """Return the normed last hidden states `[T, H]` of packed documents.
@@ -127,12 +145,7 @@ class Decoder(nn.Module):
             hidden_TH = hidden_TH * self.spec.embedding_scale
         if self.positions is not None:
             hidden_TH = hidden_TH + self.positions(context.positions)
-        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-        for block in self.blocks:
-            if recompute:
-                hidden_TH = checkpoint(block, hidden_TH, context, use_reentrant=False)
-            else:
-                hidden_TH = block(hidden_TH, context)
+        hidden_TH = self.keeping.run(list(self.blocks), hidden_TH, context)
         normed: Tensor = self.final_norm(hidden_TH)
         return normed
 

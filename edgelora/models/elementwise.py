@@ -1,35 +1,33 @@
-"""Norms and activations with frozen parameters and few temporaries: each saves its input only."""
+"""Norms and activations with frozen parameters and few temporaries.
+
+Each is a pair of plain functions, `compute` and `gradient`, so that a linear layer can take it as its prologue: what the
+layer multiplies is computed again from the prologue's input in backward, and only that input is kept.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class _RMSNorm(torch.autograd.Function):
-    """y = x / rms(x) * w over the last dimension (arXiv 1910.07467, eq. 4); saves x and 1 / rms."""
+class Elementwise(Protocol):
+    """A function of each token's values alone."""
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        mean = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
-        inverse = mean.add_(eps).rsqrt_()
-        ctx.save_for_backward(x, inverse, weight)
-        y: Tensor = (x * inverse).mul_(weight)
-        return y
+    def compute(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return y, in new memory, and what `gradient` needs beside x: one number per token at most."""
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        x, inverse, weight = ctx.saved_tensors
-        grad = grads[0] * weight
-        along = (grad * x).mean(-1, keepdim=True).mul_(inverse).mul_(inverse)
-        return grad.addcmul_(x, along, value=-1).mul_(inverse), None, None
+    def gradient(self, grad: Tensor, x: Tensor, *stats: Tensor) -> Tensor:
+        """Return the gradient of x for that of y; `grad` may be overwritten."""
 
 
 class FrozenNorm(nn.Module):
-    """RMSNorm, or LayerNorm with a bias, over the last dimension; `weight` includes the family's offset."""
+    """RMSNorm (arXiv 1910.07467, eq. 4) or LayerNorm (1607.06450) over the last dimension.
+
+    `weight` includes the family's offset.
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -41,51 +39,83 @@ class FrozenNorm(nn.Module):
         self.register_buffer("bias", bias, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        return apply(self, x)
+
+    def compute(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         if self.kind == "layer":
-            return F.layer_norm(x, (x.shape[-1],), self.weight, self.bias, self.eps)
-        y: Tensor = _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
+            y, mean, inverse = torch.native_layer_norm(x, (x.shape[-1],), self.weight, self.bias, self.eps)
+            return y, (mean, inverse)
+        mean = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1])
+        inverse = mean.add_(self.eps).rsqrt_()
+        return (x * inverse).mul_(self.weight), (inverse,)
+
+    def gradient(self, grad: Tensor, x: Tensor, *stats: Tensor) -> Tensor:
+        if self.kind == "layer":
+            mask = [True, False, False]
+            grads = torch.ops.aten.native_layer_norm_backward(grad, x, [x.shape[-1]], *stats, self.weight, self.bias, mask)
+            first: Tensor = grads[0]
+            return first
+        (inverse,) = stats
+        grad = grad * self.weight
+        along = torch.linalg.vecdot(grad, x).unsqueeze(-1).div_(x.shape[-1]).mul_(inverse).mul_(inverse)
+        return grad.addcmul_(x, along, value=-1).mul_(inverse)
+
+
+class Activation:
+    """act(x), or with `gated` act(gate) * up (GLU variants, arXiv 2002.05202) of x = [gate, up] along the last dimension."""
+
+    def __init__(self, kind: str, *, gated: bool) -> None:
+        self.kind, self.gated = kind, gated
+
+    def compute(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        if not self.gated:
+            return self._act(x), ()
+        gate, up = x.chunk(2, -1)
+        return self._act(gate).mul_(up), ()
+
+    def gradient(self, grad: Tensor, x: Tensor, *stats: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        if not self.gated:
+            return self._act_gradient(grad, x, out)
+        gate, up = x.chunk(2, -1)
+        out_gate, out_up = out.chunk(2, -1)
+        torch.mul(grad, self._act(gate), out=out_up)
+        self._act_gradient(torch.mul(grad, up, out=grad), gate, out_gate)
+        return out
+
+    def _act(self, x: Tensor) -> Tensor:
+        if self.kind == "silu":
+            return F.silu(x)
+        if self.kind == "relu":
+            return F.relu(x)
+        return F.gelu(x, approximate="tanh" if self.kind == "gelu_tanh" else "none")
+
+    def _act_gradient(self, grad: Tensor, x: Tensor, out: Tensor) -> Tensor:
+        backward = torch.ops.aten
+        if self.kind == "silu":
+            backward.silu_backward.grad_input(grad, x, grad_input=out)
+        elif self.kind == "relu":
+            backward.threshold_backward.grad_input(grad, x, 0, grad_input=out)
+        else:
+            how = "tanh" if self.kind == "gelu_tanh" else "none"
+            backward.gelu_backward.grad_input(grad, x, approximate=how, grad_input=out)
+        return out
+
+
+class _Apply(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, function: Elementwise) -> Tensor:
+        y, stats = function.compute(x)
+        ctx.function = function
+        ctx.save_for_backward(x, *stats)
         return y
 
-
-def _activate(x: Tensor, kind: str) -> Tensor:
-    if kind == "silu":
-        return F.silu(x)
-    if kind == "relu":
-        return F.relu(x)
-    return F.gelu(x, approximate="tanh" if kind == "gelu_tanh" else "none")
-
-
-def _activation_gradient(grad: Tensor, x: Tensor, kind: str) -> Tensor:
-    if kind == "silu":
-        gradient: Tensor = torch.ops.aten.silu_backward(grad, x)
-    elif kind == "relu":
-        gradient = torch.ops.aten.threshold_backward(grad, x, 0)
-    else:
-        gradient = torch.ops.aten.gelu_backward(grad, x, approximate="tanh" if kind == "gelu_tanh" else "none")
-    return gradient
-
-
-class _Gated(torch.autograd.Function):
-    """act(gate) * up; saves the two inputs and computes the activation again in backward."""
-
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor, kind: str) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        ctx.kind = kind
-        return _activate(gate, kind).mul_(up)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        gate, up = ctx.saved_tensors
-        active = _activate(gate, ctx.kind).mul_(grads[0])
-        return _activation_gradient(grads[0] * up, gate, ctx.kind), active, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return ctx.function.gradient(grads[0].clone(), *ctx.saved_tensors), None
 
 
-def gated(gate: Tensor, up: Tensor, kind: str) -> Tensor:
-    """Return act(gate) * up (GLU variants, arXiv 2002.05202)."""
-    y: Tensor = _Gated.apply(gate, up, kind)  # type: ignore[no-untyped-call]
+def apply(function: Elementwise, x: Tensor) -> Tensor:
+    """Return y of an elementwise function by itself; keeps x for backward."""
+    y: Tensor = _Apply.apply(x, function)  # type: ignore[no-untyped-call]
     return y
-
-
-def activate(x: Tensor, kind: str) -> Tensor:
-    return _activate(x, kind)

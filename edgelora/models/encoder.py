@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from edgelora.errors import ModelError
 from edgelora.models.linear import FrozenEmbedding, FrozenLinear, FrozenWeight
+from edgelora.models.recompute import Keeping, Shelf
 from edgelora.models.source import ModelSource
 
 WORD_EMBEDDINGS = ("word_embeddings", "tok_embeddings", "embed_tokens")
@@ -27,6 +27,8 @@ class Encoder(nn.Module):
         self.network = network
         self.head_names = tuple(head_names)
         self.pad_token_id = pad_token_id
+        self._keeping = Keeping()
+        self._shelf: Shelf | None = None
 
     @property
     def config(self) -> dict[str, Any]:
@@ -34,16 +36,44 @@ class Encoder(nn.Module):
 
     @property
     def gradient_checkpointing(self) -> bool:
-        return any("forward" in layer.__dict__ for layer in self._layers())
+        """Whether every layer is computed again in backward."""
+        return self.keeping.kept_blocks == 0
 
     @gradient_checkpointing.setter
     def gradient_checkpointing(self, wanted: bool) -> None:
-        """Recompute each layer in backward, also of the families for which transformers' own switch does nothing."""
-        for layer in self._layers():
+        self.keeping = Keeping(0 if wanted else len(self._layers()))
+
+    @property
+    def keeping(self) -> Keeping:
+        """What the layers keep for backward."""
+        return self._keeping
+
+    @keeping.setter
+    def keeping(self, keeping: Keeping) -> None:
+        """Wrap each layer's forward, also of the families for which transformers' own switch does nothing."""
+        self._keeping = keeping
+        layers = self._layers()
+        for index, layer in enumerate(layers):
             layer.__dict__.pop("forward", None)
-            if wanted:
-                # non-reentrant: with frozen inputs the other form gives the adapters no gradient (peft #1142)
-                layer.__dict__["forward"] = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+            layer.__dict__["forward"] = functools.partial(self._keep, layer, layer.forward, index, len(layers))
+
+    def _keep(self, layer: nn.Module, forward: Callable[..., Any], index: int, count: int, *args: Any, **kwargs: Any) -> Any:
+        """Compute one layer; its first output alone is differentiated."""
+        hidden: Tensor = args[0] if args else kwargs.pop("hidden_states")
+        others: list[Any] = []
+
+        def call(hidden: Tensor) -> Tensor:
+            out = forward(hidden, *args[1:], **kwargs)
+            if isinstance(out, Tensor):
+                return out
+            others[:] = [out]
+            first: Tensor = out[0]
+            return first
+
+        if index == 0:
+            self._shelf = self._keeping.shelf(hidden)
+        out = self._keeping.block(layer, call, hidden, index, count, self._shelf)
+        return (out, *others[0][1:]) if others else out
 
     def _layers(self) -> list[nn.Module]:
         """Return the repeated layers: the first list of modules that is as long as the config's number of layers."""

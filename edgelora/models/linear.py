@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgelora.errors import ModelError
+from edgelora.models import gemm
 from edgelora.quant.grid import QuantizedTensor, dequantize, quantize
 
 _scratch = torch.empty(0)
@@ -61,6 +62,20 @@ class FrozenWeight:
         """Return fp32 `[N, K]`: the stored tensor itself at 32 bits, else unpacked into `out` or new memory."""
         return unpacked(self.data, out)
 
+    def fill(self, out: Tensor) -> None:
+        """Write the weight, in fp32, to the first K columns of `out` `[N, row_elements]`."""
+        if isinstance(self.data, QuantizedTensor):
+            dequantize(self.data, out)
+        else:
+            out[:, : self.shape[1]].copy_(self.data)
+
+    @property
+    def row_elements(self) -> int:
+        """The elements that a row takes while it is unpacked: K, or on the grid whole blocks."""
+        if isinstance(self.data, QuantizedTensor):
+            return self.data.scales.shape[1] * self.data.block_size
+        return self.shape[1]
+
     def rows(self, ids: Tensor) -> Tensor:
         """Return fp32 `[*ids.shape, K]`."""
         if isinstance(self.data, QuantizedTensor):
@@ -104,17 +119,44 @@ def unpacked(data: Tensor | QuantizedTensor, out: Tensor | None = None) -> Tenso
     return out.view(-1)[: data.numel()].view(data.shape).copy_(data)
 
 
+def joined(parts: Sequence[Tensor | QuantizedTensor]) -> Tensor | QuantizedTensor | None:
+    """Return the weights `[N_i, K]` as one `[sum N_i, K]` without a copy, where they lie one after the other in memory."""
+    if len(parts) == 1:
+        return parts[0]
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    if len(tensors) == len(parts):
+        return _joined(tensors)
+    grids = [part for part in parts if isinstance(part, QuantizedTensor)]
+    if len(grids) < len(parts) or len({(grid.bits, grid.block_size) for grid in grids}) > 1:
+        return None
+    codes, scales = _joined([grid.codes for grid in grids]), _joined([grid.scales for grid in grids])
+    if codes is None or scales is None:
+        return None
+    return QuantizedTensor(codes, scales, grids[0].bits, grids[0].block_size, grids[0].num_inputs)
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor | None:
+    first = tensors[0]
+    storage, offset = first.untyped_storage().data_ptr(), first.storage_offset()
+    for tensor in tensors:
+        same = tensor.untyped_storage().data_ptr() == storage and tensor.dtype == first.dtype
+        if not (same and tensor.is_contiguous() and tensor.storage_offset() == offset and tensor.shape[1:] == first.shape[1:]):
+            return None
+        offset += tensor.numel()
+    return first.as_strided((sum(tensor.shape[0] for tensor in tensors), *first.shape[1:]), first.stride())
+
+
 class _Product(torch.autograd.Function):
-    """x `[..., K]` times a frozen weight `[N, K]`: nothing is saved; backward unpacks the weight again."""
+    """x `[T, K]` times a frozen weight `[N, K]`: nothing is saved; backward unpacks the weight again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: FrozenWeight) -> Tensor:
         ctx.weight = weight
-        return F.linear(x, weight.in_scratch())
+        return gemm.linear(x, weight.in_scratch())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return grads[0] @ ctx.weight.in_scratch(), None
+        return gemm.linear(grads[0], ctx.weight.in_scratch().t()), None
 
 
 class FrozenLinear(nn.Module):
@@ -155,11 +197,26 @@ class FrozenLinear(nn.Module):
         return self.weight.fp32()
 
     def forward(self, x: Tensor) -> Tensor:
-        data = self.weight.data
-        if isinstance(data, Tensor) and data.dtype == torch.float32:
-            return F.linear(x, data, self.bias)
-        y: Tensor = _Product.apply(x, self.weight)  # type: ignore[no-untyped-call]
-        return y if self.bias is None else y.add_(self.bias)
+        flat_TK = x.reshape(-1, x.shape[-1])
+        y: Tensor = _Product.apply(flat_TK, self.weight)  # type: ignore[no-untyped-call]
+        y = y if self.bias is None else y.add_(self.bias)
+        return y.view(*x.shape[:-1], -1)
+
+    @property
+    def frozen(self) -> FrozenLinear:
+        """The frozen layer, of an adapter or, as here, the layer itself (linear_group.Member)."""
+        return self
+
+    @property
+    def in_weight_space(self) -> bool:
+        return True
+
+    def trained(self) -> None:
+        """Return the adapter: there is none."""
+
+    def fill(self, rows: Tensor) -> None:
+        """Write the weight to `rows` `[N, row_elements]` of an unpacking buffer."""
+        self.weight.fill(rows)
 
     def extra_repr(self) -> str:
         return f"{self.path}, {self.in_features} → {self.out_features}, {self.bits} bits"

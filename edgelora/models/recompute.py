@@ -1,0 +1,192 @@
+"""What forward keeps for backward, block by block: all that a block needs, or its input alone, from which it is computed again
+(gradient checkpointing, arXiv 1604.06174).
+
+The last blocks keep everything: their backward comes first, so that what they kept is gone when the others are computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+ALL = 1 << 30
+MOST_HEADS = 64  # a tensor with so few numbers a token, attention's log-sum-exp among them, is not worth rounding
+
+
+class Stream(Protocol):
+    """Told which block is computed next, so that its weights are read ahead, and dropped behind."""
+
+    def enter(self, block: int) -> None: ...
+    def leave(self, block: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """kept_blocks: so many of the last blocks keep what they need, the others their input.
+
+    bits: 32, or 16 for bf16: half the memory, and gradients within 1e-2. file: where inputs go instead of memory.
+    """
+
+    kept_blocks: int = ALL
+    bits: int = 32
+    file: Path | None = None
+
+    def run(self, blocks: Sequence[nn.Module], hidden: Tensor, *rest: Any, stream: Stream | None = None) -> Tensor:
+        """Return the hidden states after all blocks, each called with the hidden states and `rest`."""
+        shelf = self.shelf(hidden)
+        for i, block in enumerate(blocks):
+            hidden = self.block(block, _streamed(block, i, stream, rest), hidden, i, len(blocks), shelf)
+        return hidden
+
+    def shelf(self, hidden: Tensor) -> Shelf | None:
+        """Return where the inputs of one forward pass go; None where there will be no backward."""
+        return Shelf(self.bits, self.file, hidden.shape) if torch.is_grad_enabled() else None
+
+    def block(
+        self, block: nn.Module, call: Callable[[Tensor], Tensor], hidden: Tensor, index: int, count: int, shelf: Shelf | None
+    ) -> Tensor:
+        """Return call(hidden), the output of block `index` of `count`.
+
+        Blocks below the lowest adapter keep nothing, and backward does not reach them.
+        """
+        trained = [p for p in block.parameters() if p.requires_grad] if shelf is not None else []
+        if shelf is None or not (trained or hidden.requires_grad):
+            with torch.no_grad():
+                return call(hidden)
+        if index >= count - self.kept_blocks:
+            with nullcontext() if self.bits == 32 else _Bf16(hidden.numel() // hidden.shape[-1] * MOST_HEADS):
+                return call(hidden)
+        recall = _Recall(call, shelf, index, block.training and _draws(block))
+        out: Tensor = _Recompute.apply(hidden, recall, *trained)  # type: ignore[no-untyped-call]
+        return out
+
+
+def _streamed(block: nn.Module, index: int, stream: Stream | None, rest: Sequence[Any]) -> Callable[[Tensor], Tensor]:
+    def call(hidden: Tensor) -> Tensor:
+        if stream is not None:
+            stream.enter(index)
+        out: Tensor = block(hidden, *rest)
+        if stream is not None:
+            stream.leave(index)
+        return out
+
+    return call
+
+
+def _draws(block: nn.Module) -> bool:
+    """Tell whether a block draws random numbers while training."""
+    return any((module.p if isinstance(module, nn.Dropout) else getattr(module, "dropout", 0.0)) for module in block.modules())
+
+
+class Shelf:
+    """Where blocks' inputs wait for backward: in memory as they are or in bf16, or in a file."""
+
+    def __init__(self, bits: int, file: Path | None, shape: torch.Size) -> None:
+        self.dtype = torch.float32 if bits == 32 else torch.bfloat16
+        self.shape = shape
+        self.file = None if file is None else file.open("w+b", buffering=0)
+
+    def put(self, place: int, x: Tensor) -> Tensor | int:
+        stored = x.to(self.dtype)
+        if self.file is None:
+            return stored
+        self.file.seek(place * stored.nbytes)
+        self.file.write(memoryview(stored.contiguous().view(torch.uint8).numpy()))
+        return place
+
+    def take(self, ticket: Tensor | int) -> Tensor:
+        if isinstance(ticket, Tensor):
+            return ticket.float()
+        assert self.file is not None
+        stored = torch.empty(self.shape, dtype=self.dtype)
+        self.file.seek(ticket * stored.nbytes)
+        self.file.readinto(memoryview(stored.view(torch.uint8).numpy()))
+        return stored.float()
+
+
+@dataclass
+class _Recall:
+    """How one block is computed again. `random` is torch's generator before a block that draws numbers."""
+
+    call: Callable[[Tensor], Tensor]
+    shelf: Shelf
+    place: int
+    draws: bool
+
+
+class _Recompute(torch.autograd.Function):
+    """A block that keeps its input only. Its parameters are inputs here: with frozen inputs alone the output would need no
+    gradient, and adapters would silently get none (peft #1142)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, recall: _Recall, *parameters: Tensor) -> Tensor:
+        ctx.recall, ctx.parameters, ctx.wants_x = recall, parameters, x.requires_grad
+        ctx.random = torch.get_rng_state() if recall.draws else None
+        ctx.ticket = recall.shelf.put(recall.place, x)
+        return recall.call(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x = ctx.recall.shelf.take(ctx.ticket).detach().requires_grad_(ctx.wants_x)
+        ctx.ticket = None
+        now = torch.get_rng_state() if ctx.random is not None else None
+        if ctx.random is not None:
+            torch.set_rng_state(ctx.random)
+        with torch.enable_grad():
+            y = ctx.recall.call(x)
+        if now is not None:
+            torch.set_rng_state(now)
+        wanted = [*([x] if ctx.wants_x else []), *ctx.parameters]
+        found = torch.autograd.grad(y, wanted, grads[0], allow_unused=True)
+        return (found[0] if ctx.wants_x else None, None, *found[len(found) - len(ctx.parameters) :])
+
+
+class _Bf16(saved_tensors_hooks):
+    """Keeps what forward saves in bf16: every tensor of more than `most` numbers.
+
+    Smaller ones stay: the norms' scales and attention's log-sum-exp, whose rounding would be an exponent's. What two
+    functions save, they share here too.
+    """
+
+    def __init__(self, most: int) -> None:
+        kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+
+        def pack(x: Tensor) -> Any:
+            if x.dtype != torch.float32 or x.numel() <= most or not _dense(x):
+                return x
+            flat = x.detach().as_strided((x.numel(),), (1,))
+            key = x.data_ptr(), x.numel()
+            if key not in kept:
+                kept[key] = flat, flat.bfloat16()
+            return kept[key][1], x.shape, x.stride()
+
+        def unpack(stored: Any) -> Tensor:
+            if isinstance(stored, Tensor):
+                return stored
+            values, shape, strides = stored
+            whole: Tensor = values.float()
+            return whole.as_strided(shape, strides)
+
+        super().__init__(pack, unpack)
+        self._kept = kept
+
+    def __exit__(self, *arguments: object) -> None:
+        super().__exit__(*arguments)  # type: ignore[no-untyped-call]
+        self._kept.clear()
+
+
+def _dense(x: Tensor) -> bool:
+    """Tell whether a tensor's numbers fill a piece of memory without gaps, in whatever order."""
+    expected = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True
