@@ -134,14 +134,11 @@ def test_what_follows_the_last_answer_is_cut(tokenizer: Tokenizer) -> None:
 def test_documents_are_packed_without_padding(raw_tokenizer: Tokenizer) -> None:
     rows = [{"prompt": "ab", "completion": "c"}, {"text": "xyz"}]
     batch = GENERATION.collate([GENERATION.encode(row, raw_tokenizer, []) for row in rows], 0)
-    assert batch["starts"].tolist() == [0, 4, 8]
-    assert batch["supervised"].tolist() == [False, False, True, True, False, True, True, True]
-    assert raw_tokenizer.decode(batch["ids"].tolist(), skip_special_tokens=False) == "abc<|end|>xyz<|end|>"
-    assert {name: array.dtype.name for name, array in batch.items()} == {
-        "ids": "int64",
-        "starts": "int64",
-        "supervised": "bool",
-    }
+    assert batch["starts"].tolist() == [0, 3, 6]
+    assert raw_tokenizer.decode(batch["ids"].tolist(), skip_special_tokens=False) == "abcxyz"  # nothing follows the last tokens
+    assert batch["positions"].tolist() == [1, 2, 3, 4, 5]
+    assert raw_tokenizer.decode(batch["targets"].tolist(), skip_special_tokens=False) == "c<|end|>yz<|end|>"
+    assert {array.dtype.name for array in batch.values()} == {"int64"}
 
 
 def test_the_loss_takes_the_state_before_each_supervised_token(raw_tokenizer: Tokenizer) -> None:
@@ -158,9 +155,9 @@ def test_the_loss_takes_the_state_before_each_supervised_token(raw_tokenizer: To
     model = Model()
     batch = GENERATION.collate([GENERATION.encode({"prompt": "ab", "completion": "c"}, raw_tokenizer, [])] * 2, 0)
     loss, count = GENERATION.loss(model, {name: torch.from_numpy(array) for name, array in batch.items()})
-    ids = batch["ids"].tolist()
-    assert model.seen == ([1.0, 2.0, 5.0, 6.0], [ids[2], ids[3], ids[6], ids[7]])
-    assert (float(loss), count) == (14.0, 4)
+    assert raw_tokenizer.decode(model.seen[1], skip_special_tokens=False) == "c<|end|>" * 2
+    assert model.seen[0] == [1.0, 2.0, 4.0, 5.0]
+    assert (float(loss), count) == (12.0, 4)
 
 
 def test_generation_metrics_prompt_with_what_runs(tokenizer: Tokenizer) -> None:

@@ -39,13 +39,18 @@ class TorchPredictor:
         found: list[tuple[float, int]] = [(0.0, 0)] * len(examples)
         for numbers in self._batches(examples):
             batch = to_tensors(self.collate([examples[i] for i in numbers]))
-            hidden_TH = self.model.hidden(batch["ids"], batch["starts"])
-            starts = batch["starts"].tolist()
-            for number, start, stop in zip(numbers, starts, starts[1:], strict=False):
-                # The state before a token predicts it.
-                targets = start + batch["supervised"][start:stop].nonzero().squeeze(-1)
-                found[number] = (float(self.model.nll(hidden_TH[targets - 1], batch["ids"][targets])), len(targets))
+            hidden_TH = self.hidden(numbers, batch)
+            # The targets of one document after the other, each cut where the next document's first position comes.
+            cuts = torch.searchsorted(batch["positions"], batch["starts"]).tolist()
+            for number, start, stop in zip(numbers, cuts, cuts[1:], strict=False):
+                states_SH, targets = hidden_TH[batch["positions"][start:stop]], batch["targets"][start:stop]
+                found[number] = (float(self.model.nll(states_SH, targets)), len(targets))
         return found
+
+    def hidden(self, numbers: list[int], batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return the last hidden states `[T, H]` of a batch of the examples `numbers`."""
+        states: torch.Tensor = self.model.hidden(batch["ids"], batch["starts"])
+        return states
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: frozenset[int]) -> list[list[int]]:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from typing import Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from edgelora.tokenizer import Tokenizer
 
 
 def perplexity(loss: float) -> float:
@@ -56,3 +60,15 @@ def last_run(supervised: NDArray[np.uint8]) -> int:
     """Return where the last run of supervised tokens begins."""
     ends = np.flatnonzero(np.diff(supervised, prepend=0) == 1)  # uint8: 0 - 1 is 255, so 1 is a rise only
     return int(ends[-1])
+
+
+def marked(ids: NDArray[np.int32], supervised: NDArray[np.uint8], tokenizer: Tokenizer) -> str:
+    """Return rich markup of the decoded tokens, each run of targets in ⟦ ⟧."""
+    from rich.markup import escape
+
+    cuts = [0, *(np.flatnonzero(np.diff(supervised)) + 1).tolist(), len(ids)]
+    parts = []
+    for start, end in pairwise(cuts):
+        text = escape(tokenizer.decode(ids[start:end].tolist(), skip_special_tokens=False))
+        parts.append(f"[bold green]⟦{text}⟧[/bold green]" if supervised[start] else text)
+    return "".join(parts)

@@ -1,7 +1,8 @@
 """text-generation: a causal language model learns the answers in chats, prompt/completion pairs or plain text.
 
 Columns: `messages` (and `tools`), or `prompt` and `completion`, or `text`.
-Batch: ids [T] int64, starts [D + 1] int64, supervised [T] bool; D documents packed end to end, no padding.
+Batch: ids [T], starts [D + 1], positions [S], targets [S], all int64; D documents packed end to end, no padding, each without
+its last token, which nothing comes after; the hidden state at positions[s] predicts the token targets[s].
 Graph: input_ids, attention_mask int64, past_key_values.N.key/value fp32 [batch, kv_heads, past, head_dim] → logits fp32
 [batch, positions, vocabulary], present.N.key/value.
 """
@@ -9,14 +10,13 @@ Graph: input_ids, attention_mask int64, past_key_values.N.key/value fp32 [batch,
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgelora.tasks.base import Column, Example, Metrics, Predictor, Row, Task
-from edgelora.tasks.generated import last_run, perplexity, score_texts
+from edgelora.tasks.generated import last_run, marked, perplexity, score_texts
 from edgelora.tasks.rows import kind, message_problems, parse_json_cells, text_problems
 
 if TYPE_CHECKING:
@@ -98,18 +98,27 @@ class TextGeneration(Task):
             problems.append("no supervised token: nothing to learn from")
         return problems
 
+    def truncate(self, example: Example, max_length: int) -> Example:
+        """Return the example cut to `max_length` tokens, and after the last target that is left."""
+        cut = super().truncate(example, max_length)
+        targets = cut.arrays["supervised"].nonzero()[0].tolist()
+        return super().truncate(cut, targets[-1] + 1) if targets else cut
+
     def collate(self, examples: Sequence[Example], pad_token_id: int) -> dict[str, NDArray[Any]]:
-        lengths = [len(example) for example in examples]
+        # In the arrays shifted by one, target t is the token after input t.
+        supervised = np.concatenate([e.arrays["supervised"][1:] for e in examples])
+        following = np.concatenate([e.arrays["ids"][1:] for e in examples])
+        positions = supervised.nonzero()[0]
         return {
-            "ids": np.concatenate([e.arrays["ids"] for e in examples]).astype(np.int64),
-            "starts": np.cumsum([0, *lengths], dtype=np.int64),
-            "supervised": np.concatenate([e.arrays["supervised"] for e in examples]).astype(bool),
+            "ids": np.concatenate([e.arrays["ids"][:-1] for e in examples]).astype(np.int64),
+            "starts": np.cumsum([0, *(len(example) - 1 for example in examples)], dtype=np.int64),
+            "positions": positions.astype(np.int64),
+            "targets": following[positions].astype(np.int64),
         }
 
     def loss(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
         hidden_TH = model.hidden(batch["ids"], batch["starts"])
-        targets = batch["supervised"].nonzero().squeeze(1)  # [S]; the hidden state before a token predicts it
-        return model.nll(hidden_TH[targets - 1], batch["ids"][targets]), len(targets)
+        return model.nll(hidden_TH[batch["positions"]], batch["targets"]), len(batch["targets"])
 
     def evaluate(
         self,
@@ -139,12 +148,4 @@ class TextGeneration(Task):
         return metrics
 
     def show(self, example: Example, tokenizer: Tokenizer, labels: Sequence[str] = ()) -> str:
-        from rich.markup import escape
-
-        ids, supervised = example.arrays["ids"], example.arrays["supervised"]
-        cuts = [0, *(np.flatnonzero(np.diff(supervised)) + 1).tolist(), len(ids)]
-        parts = []
-        for start, end in pairwise(cuts):
-            text = escape(tokenizer.decode(ids[start:end].tolist(), skip_special_tokens=False))
-            parts.append(f"[bold green]⟦{text}⟧[/bold green]" if supervised[start] else text)
-        return "".join(parts)
+        return marked(example.arrays["ids"], example.arrays["supervised"], tokenizer)
