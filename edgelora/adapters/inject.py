@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from edgelora.adapters.initialize import from_pattern
 from edgelora.adapters.lora import LoRA, LoRASettings
 from edgelora.errors import SettingsError, did_you_mean
 
@@ -49,13 +51,42 @@ def suffixes(paths: Iterable[str]) -> list[str]:
 
 
 def attach(model: Decoder | Encoder, settings: LoRASettings, targets: str) -> dict[str, LoRA]:
-    """Put a new adapter on each target layer; return them by path."""
+    """Put a new adapter on each target layer; return them by path.
+
+    Raises SettingsError for targets and patterns that match no layer, and for ranks that a layer is too small for.
+    """
     linears = frozen_linears(model)
+    paths = choose_targets(list(linears), targets)
+    refuse_settings(settings, {path: (linears[path].out_features, linears[path].in_features) for path in paths})
     added = {}
-    for path in choose_targets(list(linears), targets):
+    for path in paths:
         added[path] = LoRA.from_base(linears[path], settings)
         model.replace_linear(path, added[path])
     return added
+
+
+def refuse_settings(settings: LoRASettings, shapes: dict[str, tuple[int, int]]) -> None:
+    """Raise SettingsError for what does not fit the target layers, whose (outputs, inputs) are given by path."""
+    problems = []
+    for name, patterns in (("rank_pattern", settings.rank_pattern), ("alpha_pattern", settings.alpha_pattern)):
+        unused = [key for key in patterns if not any(from_pattern({key: True}, path, False) for path in shapes)]
+        problems += [f'{name} "{key}" is the end of no target layer\'s name' for key in unused]
+    for path, (outputs, inputs) in shapes.items():
+        # These begin with r directions of the weight, or of its inputs.
+        limit = {"pissa": min(outputs, inputs), "olora": min(outputs, inputs), "eva": inputs}.get(settings.init, math.inf)
+        if settings.rank_of(path) > limit:
+            problems.append(f'init = "{settings.init}" at rank {settings.rank_of(path)}: {path} has but {limit} directions')
+    if problems:
+        shown = [*problems[:10], *([f"and {len(problems) - 10} more"] if len(problems) > 10 else [])]
+        raise SettingsError(
+            "\n  ".join(["the adapters do not fit the model:", *shown]), hint=f"it has {', '.join(suffixes(shapes))}"
+        )
+
+
+def initial_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return, by name, what adapters are a difference to and a checkpoint must hold: A0 and B0 of PiSSA and OLoRA."""
+    pairs = {path: adapter.initial for path, adapter in adapters(model).items() if adapter.initial is not None}
+    return {f"{path}.initial_{name}": pair[i] for path, pair in pairs.items() for i, name in enumerate("AB")}
 
 
 def frozen_linears(model: Decoder | Encoder) -> dict[str, FrozenLinear]:

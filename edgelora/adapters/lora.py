@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoRASettings:
-    """What decides an adapter's form. The patterns give layers a rank and an alpha of their own, by PEFT's rule."""
+    """What decides an adapter's form. The patterns give layers a rank and an alpha of their own, by PEFT's rule.
+
+    What does not go together is refused before (initialize.refuse_combinations).
+    """
 
     rank: int = 8
     alpha: float | None = None  # None: 2 × the layer's rank

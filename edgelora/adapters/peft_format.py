@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from edgelora.adapters.initialize import from_pattern
 from edgelora.adapters.inject import adapters, frozen_linears, matches, suffixes
 from edgelora.adapters.lora import Factors, LoRA, combine
 from edgelora.errors import FolderError
@@ -195,11 +196,6 @@ def to_factors(path: str, part: dict[str, Tensor], config: dict[str, Any]) -> Fa
     rank = a.shape[0]
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     return Factors(a, b, scale, part.get("lora_magnitude_vector"))
-
-
-def from_pattern(patterns: dict[str, Any], path: str, default: Any) -> Any:
-    """Return the value of the first pattern that matches the end of the path, as PEFT's get_pattern_key does."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path)), default)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
