@@ -60,6 +60,9 @@ class FinetuneConfig:
     target_modules: str | None = setting(
         None, "all-linear, or names separated by commas: q_proj,v_proj. Default: the task's.", flag=True
     )
+    last_layers: int | None = setting(
+        None, "Adapters in the last N layers only; what the others compute is kept on disk.", flag=True, allowed=AT_LEAST_1
+    )
     learning_rate: float | None = setting(None, "Peak learning rate. Default: the task's.", flag=True, allowed=ABOVE_0)
     batch_size: int | None = setting(None, "Rows of one optimizer step. Default: the task's.", flag=True, allowed=AT_LEAST_1)
     epochs: float = setting(3.0, "Passes over the training rows.", flag=True, allowed=ABOVE_0)

@@ -106,9 +106,8 @@ class TextGeneration(Task):
 
     def collate(self, examples: Sequence[Example], pad_token_id: int) -> dict[str, NDArray[Any]]:
         # In the arrays shifted by one, target t is the token after input t.
-        supervised = np.concatenate([e.arrays["supervised"][1:] for e in examples])
+        positions = np.concatenate([e.arrays["supervised"][1:] for e in examples]).nonzero()[0]
         following = np.concatenate([e.arrays["ids"][1:] for e in examples])
-        positions = supervised.nonzero()[0]
         return {
             "ids": np.concatenate([e.arrays["ids"][:-1] for e in examples]).astype(np.int64),
             "starts": np.cumsum([0, *(len(example) - 1 for example in examples)], dtype=np.int64),
