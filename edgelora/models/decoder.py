@@ -12,7 +12,7 @@ from edgelora.models.elementwise import Activation, Elementwise, FrozenNorm
 from edgelora.models.head import Head
 from edgelora.models.linear import FrozenEmbedding, FrozenLinear
 from edgelora.models.linear_group import LinearGroup, linears
-from edgelora.models.recompute import Keeping
+from edgelora.models.recompute import Keeping, Stream
 from edgelora.models.spec import DecoderSpec
 
 
@@ -120,6 +120,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.final_norm = final_norm
         self.head = Head(head.weight, spec.logits_scale, spec.logits_softcap)
+        self.stream: Stream | None = None  # set when the weights are read from their file as they are needed
         self.keeping = Keeping()
 
     @property
@@ -145,7 +146,7 @@ class Decoder(nn.Module):
             hidden_TH = hidden_TH * self.spec.embedding_scale
         if self.positions is not None:
             hidden_TH = hidden_TH + self.positions(context.positions)
-        hidden_TH = self.keeping.run(list(self.blocks), hidden_TH, context)
+        hidden_TH = self.keeping.run(list(self.blocks), hidden_TH, context, stream=self.stream)
         normed: Tensor = self.final_norm(hidden_TH)
         return normed
 
