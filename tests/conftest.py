@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,14 @@ import pytest
 def needs_package(name: str) -> None:
     if importlib.util.find_spec(name) is None:  # Importing it would want its own dependencies
         pytest.skip(f"the package {name} is not installed")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def base_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Base files of the tests, and of the processes that they start, stay out of the user's cache."""
+    folder = tmp_path_factory.mktemp("base")
+    os.environ["EDGELORA_BASE_CACHE"] = str(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Build a model from a source: tensors are read one at a time and quantized as they arrive."""
+"""Build a model from a source: tensors are read one at a time and quantized as they arrive, once, into a mapped file."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from edgelora.errors import ModelError
+from edgelora.models.base_file import BaseWeights, open_base
+from edgelora.models.base_layout import Section
 from edgelora.models.decoder import Block, Decoder
 from edgelora.models.elementwise import FrozenNorm
 from edgelora.models.families import decoder_spec
@@ -19,57 +21,84 @@ from edgelora.models.spec import DecoderSpec
 if TYPE_CHECKING:
     from edgelora.models.encoder import Encoder
 
+# Layers of a block by their input: they lie side by side, so that they can be one product.
+SAME_INPUT = (("q", "k", "v"), ("qkv",), ("o",), ("gate", "up"), ("gate_up",), ("down",))
+
 
 def load_model(
-    source: ModelSource, task: str, *, base_bits: int, block_size: int = 32, labels: Sequence[str] = ()
+    source: ModelSource, task: str, *, base_bits: int, block_size: int = 32, labels: Sequence[str] = (), streamed: bool = False
 ) -> Decoder | Encoder:
     """Return the model of a task with its frozen weights in `base_bits` (32, 16, 8, 4).
 
+    streamed: a decoder's blocks are read from their file when they are computed and dropped after it.
     Raises ModelError for a model that the task has no use for, and for missing or misshapen tensors, all at once.
     """
     if task == "text-generation":
-        return load_decoder(source, base_bits=base_bits, block_size=block_size)
+        return load_decoder(source, base_bits=base_bits, block_size=block_size, streamed=streamed)
     from edgelora.models.encoder import load_encoder
 
     return load_encoder(source, base_bits=base_bits, block_size=block_size, labels=labels)
 
 
-def load_decoder(source: ModelSource, *, base_bits: int, block_size: int = 32) -> Decoder:
+def load_decoder(source: ModelSource, *, base_bits: int, block_size: int = 32, streamed: bool = False) -> Decoder:
     """Return the decoder of a source. The embedding and the LM head keep at least 8 bits: at 4 they cost most of the loss."""
     spec = decoder_spec(source.config)
     check_shapes(source, decoder_shapes(spec))
+    sections = decoder_sections(spec)
+    weights = open_base(source, sections, base_bits, block_size, streamed=streamed)
 
     def table(role: str) -> FrozenEmbedding:
-        weight = source.read_linear(spec.weight(role))
+        weight = weights.read_linear(spec.weight(role))
         return FrozenEmbedding(spec.weight(role), FrozenWeight.store(weight, max(base_bits, 8), block_size))
 
     embed = table("embed")
-    blocks = [_block(source, spec, layer, base_bits, block_size) for layer in range(spec.num_layers)]
-    return Decoder(
+    blocks = [_block(weights, spec, layer, base_bits, block_size) for layer in range(spec.num_layers)]
+    decoder = Decoder(
         spec,
         embed,
         blocks,
-        _norm(source, spec, "final_norm", None),
+        _norm(weights, spec, "final_norm", None),
         embed if spec.tied else table("head"),
         table("positions") if spec.has("positions") else None,
     )
+    if streamed and isinstance(weights, BaseWeights):
+        decoder.stream = weights.stream(sections)
+    return decoder
 
 
-def _block(source: ModelSource, spec: DecoderSpec, layer: int, base_bits: int, block_size: int) -> Block:
+def decoder_sections(spec: DecoderSpec) -> list[Section]:
+    """Return a decoder's tensors in the order in which they are computed."""
+    kinds = ("weight", "bias") if spec.norm.kind == "layer" else ("weight",)
+
+    def norms(roles: Sequence[str], layer: int | None) -> list[str]:
+        return [f"{spec.weight(role, layer)}.{kind}" for role in roles for kind in kinds]
+
+    sections = [Section(tables=tuple(spec.weight(role) for role in ("embed", "positions") if spec.has(role)))]
+    for layer in range(spec.num_layers):
+        groups = [[role for role in roles if spec.has(role)] for roles in SAME_INPUT]
+        paths = tuple(tuple(spec.weight(role, layer) for role in group) for group in groups if group)
+        biases = [f"{spec.weight(role, layer)}.bias" for role in spec.linear_roles if role in spec.biases]
+        plain = tuple(norms(spec.norm_roles, layer) + biases)
+        sections.append(Section(groups=paths, plain=plain, block=True, transposed=spec.transposed))
+    heads = () if spec.tied else (spec.weight("head"),)
+    return [*sections, Section(tables=heads, plain=tuple(norms(["final_norm"], None)))]
+
+
+def _block(weights: ModelSource | BaseWeights, spec: DecoderSpec, layer: int, base_bits: int, block_size: int) -> Block:
     linears: dict[str, torch.nn.Module] = {}
     for role in spec.linear_roles:
         path = spec.weight(role, layer)
-        weight = source.read_linear(path, transposed=spec.transposed)
-        bias = source.read(f"{path}.bias") if role in spec.biases else None
+        weight = weights.read_linear(path, transposed=spec.transposed)
+        bias = weights.read(f"{path}.bias") if role in spec.biases else None
         linears[role] = FrozenLinear.from_weight(path, weight, bias, base_bits, block_size)
-    norms: dict[str, torch.nn.Module] = {role: _norm(source, spec, role, layer) for role in spec.norm_roles}
+    norms: dict[str, torch.nn.Module] = {role: _norm(weights, spec, role, layer) for role in spec.norm_roles}
     return Block(spec, layer, linears, norms)
 
 
-def _norm(source: ModelSource, spec: DecoderSpec, role: str, layer: int | None) -> FrozenNorm:
+def _norm(weights: ModelSource | BaseWeights, spec: DecoderSpec, role: str, layer: int | None) -> FrozenNorm:
     path, norm = spec.weight(role, layer), spec.norm
-    weight = source.read(f"{path}.weight").float() + norm.offset
-    bias = source.read(f"{path}.bias").float().clone() if norm.kind == "layer" else None
+    weight = weights.read(f"{path}.weight").float() + norm.offset
+    bias = weights.read(f"{path}.bias").float().clone() if norm.kind == "layer" else None
     return FrozenNorm(path, norm.kind, norm.eps, weight, bias)
 
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from edgelora.errors import ModelError
 from edgelora.folder import MANIFEST, read_manifest
 from edgelora.models.convert import converted
 from edgelora.models.names import canonical_names
-from edgelora.models.weights import folder_entries, read_entry
+from edgelora.models.weights import folder_entries, read_entry, read_entry_rows
 
 if TYPE_CHECKING:
     from edgelora.quant.checkpoint import MergedCheckpoint
@@ -32,6 +32,8 @@ class ModelSource:
     folder: has config.json and the tokenizer's files (for GGUF and for folders without tokenizer.json: in the user's cache)
     fingerprint: names the weights' content, wherever they lie
     tensors: Hugging Face name → (shape, function that reads it)
+    rows: name → function that reads the rows [start:stop]; only of tensors that can be read in parts
+    modified: when each weight file was last written, in ns: with the fingerprint it tells a file that was changed in place
     """
 
     reference: str
@@ -42,6 +44,8 @@ class ModelSource:
     fingerprint: str
     tensors: Mapping[str, tuple[tuple[int, ...], Callable[[], Tensor]]]
     merged: MergedCheckpoint | None = None
+    rows: Mapping[str, Callable[[int, int], Tensor]] = field(default_factory=dict)
+    modified: tuple[int, ...] = ()
 
     def names(self) -> list[str]:
         return list(self.tensors)
@@ -52,6 +56,16 @@ class ModelSource:
     def read(self, name: str) -> Tensor:
         """Return a tensor in its Hugging Face orientation, dtype as stored or fp32; mapped from the file where possible."""
         return self._tensor(name)[1]()
+
+    def read_in_parts(self, name: str, num_rows: int) -> Iterator[Tensor]:
+        """Yield a tensor, at most `num_rows` rows at a time: a large one is never whole in memory where it can be read so."""
+        read_rows = self.rows.get(name)
+        if read_rows is None:
+            yield from self.read(name).split(num_rows)
+            return
+        count = self.shape(name)[0]
+        for start in range(0, count, num_rows):
+            yield read_rows(start, min(start + num_rows, count))
 
     def read_linear(self, path: str, *, transposed: bool = False) -> Tensor | QuantizedTensor:
         """Return the weight `[N, K]` of the layer at `path`: on the grid when the source is a merged folder.
@@ -113,11 +127,26 @@ def _open_gguf(path: Path, reference: str, license_name: str | None) -> ModelSou
     entries = json.loads((folder / "tensors.json").read_text(encoding="utf-8"))
     config = read_config(folder)
     tensors = {name: (tuple(entry["shape"]), _reader(read_tensor, path, entry)) for name, entry in entries.items()}
-    return ModelSource(reference, "gguf", folder, config, license_name or config.get("license"), mark, tensors)
+    in_order = {name: entry for name, entry in entries.items() if entry["form"] not in ("permuted", "transposed")}
+    rows = {name: _reader(_gguf_rows, path, entry) for name, entry in in_order.items()}
+    known = license_name or config.get("license")
+    return ModelSource(reference, "gguf", folder, config, known, mark, tensors, rows=rows, modified=_modified([path]))
 
 
-def _reader(read: Callable[..., Tensor], *arguments: Any) -> Callable[[], Tensor]:
-    return lambda: read(*arguments)
+def _gguf_rows(path: Path, entry: dict[str, Any], start: int, stop: int) -> Tensor:
+    from edgelora.models.gguf_file import read_tensor
+
+    row = entry["bytes"] // entry["shape"][0]  # a row is whole blocks of every type
+    shape = [stop - start, *entry["shape"][1:]]
+    return read_tensor(path, {**entry, "shape": shape, "offset": entry["offset"] + start * row, "bytes": (stop - start) * row})
+
+
+def _reader(read: Callable[..., Tensor], *arguments: Any) -> Callable[..., Tensor]:
+    return lambda *rows: read(*arguments, *rows)
+
+
+def _modified(paths: list[Path]) -> tuple[int, ...]:
+    return tuple(path.stat().st_mtime_ns for path in paths)
 
 
 def _open_folder(path: Path, reference: str, license_name: str | None, trust_remote_code: bool) -> ModelSource:
@@ -132,10 +161,13 @@ def _open_folder(path: Path, reference: str, license_name: str | None, trust_rem
             )
     _refuse_pickles(path)
     entries = canonical_names(folder_entries(path), config)
-    mark = fingerprint([path / "config.json", *sorted({entry.path for entry in entries.values()})])
+    files = sorted({entry.path for entry in entries.values()})
+    mark = fingerprint([path / "config.json", *files])
     folder = path if (path / "tokenizer.json").is_file() else _with_tokenizer(path, mark)
     tensors = {name: (entry.shape, _reader(read_entry, entry)) for name, entry in entries.items()}
-    return ModelSource(reference, "folder", folder, config, card_license(path) or license_name, mark, tensors)
+    rows = {name: _reader(read_entry_rows, entry) for name, entry in entries.items() if entry.shape and entry.shape[0]}
+    known = card_license(path) or license_name
+    return ModelSource(reference, "folder", folder, config, known, mark, tensors, rows=rows, modified=_modified(files))
 
 
 def _with_tokenizer(path: Path, mark: str) -> Path:
@@ -154,8 +186,9 @@ def _open_merged(path: Path, reference: str, manifest: dict[str, Any]) -> ModelS
     checkpoint = MergedCheckpoint.open(path)
     tensors = {name: (checkpoint.shape(name), _reader(checkpoint.read, name)) for name in checkpoint.names()}
     model = manifest.get("model") or {}
-    mark = fingerprint([path / WEIGHTS])
-    return ModelSource(reference, "merged", path, read_config(path), model.get("license"), mark, tensors, checkpoint)
+    weights, known = path / WEIGHTS, model.get("license")
+    mark, modified = fingerprint([weights]), _modified([weights])
+    return ModelSource(reference, "merged", path, read_config(path), known, mark, tensors, checkpoint, modified=modified)
 
 
 def _refuse_pickles(path: Path) -> None:

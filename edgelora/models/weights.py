@@ -6,6 +6,7 @@ The format (github.com/huggingface/safetensors): 8 bytes little-endian header le
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from dataclasses import dataclass
@@ -50,6 +51,15 @@ def read_entry(entry: Entry) -> Tensor:
     if entry.offset % entry.dtype.itemsize:
         data = data.clone()
     return data.view(entry.dtype).view(entry.shape)
+
+
+def read_entry_rows(entry: Entry, start: int, stop: int) -> Tensor:
+    """Return the rows `[start:stop]` of a tensor; no other page of it is mapped."""
+    row = entry.num_bytes // entry.shape[0]
+    shape = (stop - start, *entry.shape[1:])
+    return read_entry(
+        dataclasses.replace(entry, shape=shape, offset=entry.offset + start * row, num_bytes=(stop - start) * row)
+    )
 
 
 def folder_entries(folder: Path) -> dict[str, Entry]:

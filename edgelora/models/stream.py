@@ -1,0 +1,69 @@
+"""Streaming through the mapped base file: a block's pages are asked for before it is computed and given back after it.
+
+    enter(i)   unmaps what else is mapped, and asks the system to read the block after i while i is computed
+    leave(i)   unmaps block i; these are clean pages of a file, so nothing is written and nothing is lost
+
+What the system keeps of the file beyond that is cache that it takes back when memory is short. Blocks are walked there and
+back (forward, backward), so the last ones read are the first ones needed again, and cache that happens to be free is used.
+Without `madvise` (Windows) both do nothing: the system drops clean pages by itself.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+
+Range = tuple[int, int]  # [start, stop) in bytes; starts are multiples of the page size
+
+
+class Stream:
+    """The blocks and the tables (embedding, LM head) of a mapped base file."""
+
+    def __init__(self, mapping: mmap.mmap, blocks: Sequence[Range], tables: Sequence[Range]) -> None:
+        self._mapping = mapping
+        self.blocks = list(blocks)
+        self.tables = list(tables)
+        self._last: int | None = None
+        self._direction = 1
+        # Pages that were read in sequence are not counted as used again when they are unmapped: others' stay longer.
+        self._advise("MADV_SEQUENTIAL", (0, len(mapping)))
+
+    @property
+    def window_bytes(self) -> int:
+        """The most that is asked for at once: the block being computed and the one after it."""
+        sizes = [stop - start for start, stop in self.blocks]
+        return max((a + b for a, b in zip(sizes, sizes[1:] or [0], strict=False)), default=0)
+
+    def enter(self, block: int) -> None:
+        """Call it before a block is computed, forward or backward."""
+        self._turn(block)
+        start, stop = self.blocks[block]
+        # All the rest, not the last block only: backward may have touched a block again after it was left.
+        self._advise("MADV_DONTNEED", (0, start))
+        self._advise("MADV_DONTNEED", (-(-stop // mmap.PAGESIZE) * mmap.PAGESIZE, len(self._mapping)))
+        for number in (block, block + self._direction):
+            if 0 <= number < len(self.blocks):
+                self._advise("MADV_WILLNEED", self.blocks[number])
+
+    def leave(self, block: int) -> None:
+        """Call it when a block's weights are not needed until the next pass."""
+        self._advise("MADV_DONTNEED", self.blocks[block])
+
+    def drop_table(self) -> None:
+        """Call it after the embedding or the LM head was used, or a tile of it."""
+        for table in self.tables:
+            self._advise("MADV_DONTNEED", table)
+
+    def _turn(self, block: int) -> None:
+        """Infer the direction: a block entered twice is where a pass turns; the first block is where one begins."""
+        if self._last is None or block == 0 or block > self._last:
+            self._direction = 1
+        elif block < self._last:
+            self._direction = -1
+        else:
+            self._direction = -self._direction
+        self._last = block
+
+    def _advise(self, advice: str, part: Range) -> None:
+        if part[0] < part[1] and hasattr(self._mapping, "madvise") and hasattr(mmap, advice):
+            self._mapping.madvise(getattr(mmap, advice), part[0], part[1] - part[0])
