@@ -23,6 +23,7 @@ from edgelora.train import checkpoint
 from edgelora.train.checkpoint import State
 from edgelora.train.finetune import finetune
 from edgelora.train.loop import Trainer
+from edgelora.train.optimizer import AdamW
 from edgelora.train.run import Run
 
 # Dropout and a checkpoint after every step: what is resumed depends on every part of the state.
@@ -213,20 +214,22 @@ def test_damaged_checkpoint_is_named(inputs: tuple[str, str], stopped: Path) -> 
     assert caught.value.hint == "start again with --overwrite"
 
 
-def test_checkpoint_holds_optimizer_and_random_state(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("bits", "count"), [(32, 3), (8, 5)])
+def test_checkpoint_holds_optimizer_and_random_state(bits: int, count: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    parameter = torch.nn.Parameter(torch.randn(4))
-    optimizer = torch.optim.AdamW([parameter], lr=0.1)
+    parameter = torch.nn.Parameter(torch.randn(4096))
+    optimizer = AdamW([{"params": [parameter]}], 0.1, bits=bits)
     (parameter**2).sum().backward()
     optimizer.step()
     checkpoint.save(tmp_path, State(step=7, best={"step": 3}), {"p": parameter}, optimizer, torch.get_rng_state())
     wanted = torch.rand(3)
-    other = torch.nn.Parameter(torch.zeros(4))
-    fresh = torch.optim.AdamW([other], lr=0.1)
+    other = torch.nn.Parameter(torch.zeros(4096))
+    fresh = AdamW([{"params": [other]}], 0.1, bits=bits)
     state = checkpoint.restore(tmp_path, {"p": other}, fresh)
     assert (state.step, state.best) == (7, {"step": 3})
     assert torch.equal(other, parameter)
     assert torch.equal(torch.rand(3), wanted)
+    assert len(fresh.state[other]) == count
     for name, value in optimizer.state[parameter].items():
         assert torch.equal(fresh.state[other][name], value)
     with pytest.raises(FolderError, match="of another model or other adapters: p, q"):

@@ -1,7 +1,7 @@
 """Checkpoints: everything that the next step depends on, in one safetensors file that is replaced atomically.
 
-Tensors: `parameter.<name>`, `exp_avg.<name>`, `exp_avg_sq.<name>`, `updates.<name>` (AdamW's), and `random`, torch's
-generator. Metadata: `state`, the State as JSON. The rows of a step follow from seed and step number (batches.py).
+Tensors: `parameter.<name>`; `optimizer.<what>.<name>`, what AdamW holds of it (optimizer.py); `random`, torch's generator.
+Metadata: `state`, the State as JSON. The rows of a step follow from seed and step number (batches.py).
 """
 
 from __future__ import annotations
@@ -9,19 +9,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import AdamW
+from torch import Tensor
 
 from edgelora.errors import FolderError
+from edgelora.train.optimizer import AdamW, load_state, state_tensors
 
 FOLDER = "checkpoint"
 FILE = "state.safetensors"
-MOMENTS = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "updates": "step"}
 
 
 @dataclass
@@ -44,16 +44,17 @@ class State:
     seconds: dict[str, float] = field(default_factory=dict)  # per stage
 
 
-def save(folder: Path, state: State, parameters: dict[str, nn.Parameter], optimizer: AdamW, random: Tensor) -> None:
-    """Replace the checkpoint of a run folder; a kill at any moment leaves the old one or the new one, whole."""
+def save(folder: Path, state: State, parameters: Mapping[str, Tensor], optimizer: AdamW, random: Tensor) -> None:
+    """Replace the checkpoint of a run folder; a kill at any moment leaves the old one or the new one, whole.
+
+    `parameters` may hold tensors that are not trained.
+    """
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {"random": random}
     for name, parameter in parameters.items():
         tensors[f"parameter.{name}"] = parameter.detach()
-        for ours, theirs in MOMENTS.items():
-            if parameter in optimizer.state:
-                tensors[f"{ours}.{name}"] = optimizer.state[parameter][theirs]
+        tensors |= {f"optimizer.{what}.{name}": tensor for what, tensor in state_tensors(optimizer, parameter).items()}
     target = folder / FOLDER
     target.mkdir(exist_ok=True)
     partial = target / f".{FILE}.partial"
@@ -67,7 +68,7 @@ def exists(folder: Path) -> bool:
     return (folder / FOLDER / FILE).is_file()
 
 
-def restore(folder: Path, parameters: dict[str, nn.Parameter], optimizer: AdamW) -> State:
+def restore(folder: Path, parameters: Mapping[str, Tensor], optimizer: AdamW) -> State:
     """Put the tensors of the checkpoint where they were and return its State. Raises FolderError if it does not fit."""
     from safetensors import SafetensorError, safe_open
 
@@ -81,13 +82,15 @@ def restore(folder: Path, parameters: dict[str, nn.Parameter], optimizer: AdamW)
     strange = set(parameters) ^ {name.removeprefix("parameter.") for name in tensors if name.startswith("parameter.")}
     if strange:
         raise FolderError(f"{path} is of another model or other adapters: {', '.join(sorted(strange)[:5])}")
+    held: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        if key.startswith("optimizer."):
+            _, what, name = key.split(".", 2)
+            held.setdefault(name, {})[what] = tensor
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"parameter.{name}"])
-            moments = {theirs: tensors.get(f"{ours}.{name}") for ours, theirs in MOMENTS.items()}
-            optimizer.state.pop(parameter, None)
-            if all(moment is not None for moment in moments.values()):
-                optimizer.state[parameter] = moments
+            load_state(optimizer, parameter, held.get(name, {}))
     torch.set_rng_state(tensors["random"])
     return state
 

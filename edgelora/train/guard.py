@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from statistics import fmean
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from edgelora.adapters.inject import adapters
 from edgelora.errors import DataError, SettingsError
@@ -41,15 +43,25 @@ def refuse_unsupervised(count: int, rows: list[int]) -> None:
         )
 
 
-def check_moved(model: nn.Module) -> None:
-    """After the first update every adapter's B, zero before, must have moved. Raises SettingsError naming the others."""
-    still = [path for path, adapter in adapters(model).items() if not bool(adapter.lora_B.detach().any())]
+def copies_of_b(model: nn.Module) -> dict[str, Tensor | None]:
+    """Return each adapter's B as it is, None where it is zero: what `check_moved` compares with."""
+    found = {path: adapter.lora_B.detach() for path, adapter in adapters(model).items()}
+    return {path: b.clone() if bool(b.any()) else None for path, b in found.items()}
+
+
+def check_moved(model: nn.Module, before: Mapping[str, Tensor | None]) -> None:
+    """After the first update every adapter's B must have moved. Raises SettingsError naming the others."""
+    still = [path for path, adapter in adapters(model).items() if same(adapter.lora_B.detach(), before[path])]
     if still:
         listed = ", ".join(still[:8]) + (f" and {len(still) - 8} more" if len(still) > 8 else "")
         raise SettingsError(
             f"{len(still)} adapters got no gradient in the first step: {listed}",
             hint="name only layers that the loss depends on: --target-modules",
         )
+
+
+def same(now: Tensor, before: Tensor | None) -> bool:
+    return not bool(now.any()) if before is None else torch.equal(now, before)
 
 
 def gave_up(problem: str, step: int, learning_rate: float) -> SettingsError:

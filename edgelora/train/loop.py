@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 
 from edgelora import console, hardware
+from edgelora.adapters.inject import initial_tensors
 from edgelora.errors import Interrupted
 from edgelora.models.predictor import Collate, to_tensors
 from edgelora.train import checkpoint, guard
 from edgelora.train.batches import Schedule, split
 from edgelora.train.checkpoint import State
 from edgelora.train.log import Log
-from edgelora.train.optimizer import make_optimizer, set_learning_rate, trainable
+from edgelora.train.optimizer import clip_grad_norm, make_optimizer, set_learning_rate, trainable
 from edgelora.train.schedule import learning_rate_factor
 from edgelora.train.signals import StopRequest, stop_request
 
@@ -46,6 +47,7 @@ class Job:
     folder: Path  # the run folder: checkpoint and log
     score: Callable[[], Metrics]  # the model on the validation rows, now
     keep: Callable[[], None]  # save the adapter: it is the best so far
+    optimizer_bits: int = 32
 
 
 class Trainer:
@@ -55,12 +57,19 @@ class Trainer:
         self.job = job
         self.state = State()
         self.parameters = trainable(job.model)
-        self.optimizer = make_optimizer(job.model, job.learning_rate, job.config.weight_decay)
+        self.saved = {**self.parameters, **initial_tensors(job.model)}
+        self.optimizer = make_optimizer(
+            job.model,
+            job.learning_rate,
+            job.config.weight_decay,
+            loraplus_ratio=job.config.loraplus_ratio,
+            bits=job.optimizer_bits,
+        )
         self.saved_at = time.monotonic()
 
     def resume(self) -> None:
         """Continue where the checkpoint stands."""
-        self.state = checkpoint.restore(self.job.folder, self.parameters, self.optimizer)
+        self.state = checkpoint.restore(self.job.folder, self.saved, self.optimizer)
 
     def run(self) -> State:
         """Train to the last step or until patience ends. Raises Interrupted after a checkpoint on Ctrl-C or SIGTERM."""
@@ -99,10 +108,10 @@ class Trainer:
             return
         rate = self.rate()
         set_learning_rate(self.optimizer, rate)
+        before = guard.copies_of_b(self.job.model) if self.state.step == 0 else {}
         self.optimizer.step()
-        self.optimizer.zero_grad()
         if self.state.step == 0:
-            guard.check_moved(self.job.model)
+            guard.check_moved(self.job.model, before)
         seconds, tokens = time.perf_counter() - started, int(self.job.rows.lengths[rows].sum())
         self.count(loss_sum, items, tokens, seconds, timed=timed)
         log.write(
@@ -138,9 +147,7 @@ class Trainer:
         return total, items
 
     def clip(self) -> float:
-        return float(
-            torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.job.config.max_grad_norm, foreach=True)
-        )
+        return clip_grad_norm(self.parameters.values(), self.job.config.max_grad_norm)
 
     def rate(self) -> float:
         config = self.job.config
@@ -202,7 +209,7 @@ class Trainer:
     def save(self) -> None:
         state = self.state
         state.peak_rss_mb = max(state.peak_rss_mb, hardware.peak_rss_mb())
-        checkpoint.save(self.job.folder, state, self.parameters, self.optimizer, torch.get_rng_state())
+        checkpoint.save(self.job.folder, state, self.saved, self.optimizer, torch.get_rng_state())
         self.saved_at = time.monotonic()
 
     def interrupt(self) -> None:

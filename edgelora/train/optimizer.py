@@ -1,14 +1,124 @@
-"""AdamW (arXiv 1711.05101) over two groups of parameters: adapters, and the head that is trained from scratch."""
+"""AdamW (arXiv 1711.05101, algorithm 2) with moments in 32 or 8 bits, and what it trains at which rate.
+
+Our own, for torch's loads its compiler (torch._dynamo, 70 MB) with the first optimizer that is made.
+"""
 
 from __future__ import annotations
 
-from torch import nn
-from torch.optim import AdamW
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
 
 from edgelora.adapters.inject import adapters
+from edgelora.train.adamw8 import BLOCK, CHUNK, LEAST, decode, encode
 
 # A head begins at random and small, and is not scaled as an adapter is: it has further to go than an adapter.
 HEAD_RATE = 10.0
+
+
+class AdamW:
+    """For a gradient g at step t, each weight w of a group with learning rate η and weight decay λ:
+
+        m = β1 m + (1 - β1) g        v = β2 v + (1 - β2) g²
+        w = (1 - η λ) w - η · m / (1 - β1ᵗ) / (sqrt(v / (1 - β2ᵗ)) + ε)
+
+    `state[parameter]` holds tensors alone: `step`, and `exp_avg` m and `exp_avg_sq` v, in fp32 or, with `bits` 8 and from 4096
+    weights on, as codes with `…_scale` beside them (adamw8.py).
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[dict[str, Any]],
+        learning_rate: float,
+        *,
+        bits: int = 32,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> None:
+        self.param_groups = [{"lr": learning_rate, "weight_decay": 0.0, "lr_scale": 1.0, **group} for group in groups]
+        self.state: dict[Tensor, dict[str, Tensor]] = {}
+        self.bits, self.betas, self.eps = bits, betas, eps
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Update every parameter that has a gradient. The gradients are gone afterwards: their memory is the work space."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, group["lr"], group["weight_decay"])
+                    parameter.grad = None
+
+    def zero_grad(self) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+    def _update(self, parameter: nn.Parameter, grad: Tensor, rate: float, decay: float) -> None:
+        if parameter not in self.state:
+            self.state[parameter] = self._begin(parameter)
+        state = self.state[parameter]
+        state["step"] += 1
+        step = float(state["step"])
+        if decay:
+            parameter.mul_(1 - rate * decay)
+        if "exp_avg_scale" not in state:
+            self._advance(state["exp_avg"], state["exp_avg_sq"], grad)
+            self._move(parameter, state["exp_avg"], state["exp_avg_sq"], grad, rate, step)
+            return
+        weights, grads = parameter.view(-1), grad.reshape(-1)
+        for start in range(0, weights.numel(), CHUNK):
+            part, blocks = slice(start, start + CHUNK), slice(start // BLOCK, (start + CHUNK) // BLOCK)
+            m, v = (
+                decode(state[name][part], state[f"{name}_scale"][blocks], signed=signed) for name, signed in MOMENTS.items()
+            )
+            self._advance(m, v, grads[part])
+            for (name, signed), moment in zip(MOMENTS.items(), (m, v), strict=True):
+                state[name][part], state[f"{name}_scale"][blocks] = encode(moment, signed=signed)
+            self._move(weights[part], m, v, grads[part], rate, step)
+
+    def _begin(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        state = {"step": torch.tensor(0.0)}
+        for name in MOMENTS:
+            if self.bits == 8 and parameter.numel() >= LEAST:
+                state[name] = torch.zeros(parameter.numel(), dtype=torch.uint8)
+                state[f"{name}_scale"] = torch.zeros(math.ceil(parameter.numel() / BLOCK))
+            else:
+                state[name] = torch.zeros_like(parameter)
+        return state
+
+    def _advance(self, m: Tensor, v: Tensor, grad: Tensor) -> None:
+        m.lerp_(grad, 1 - self.betas[0])
+        v.mul_(self.betas[1]).addcmul_(grad, grad, value=1 - self.betas[1])
+
+    def _move(self, weights: Tensor, m: Tensor, v: Tensor, space: Tensor, rate: float, step: float) -> None:
+        """Move the weights; `space`, of their shape, is overwritten."""
+        torch.sqrt(v, out=space).div_(math.sqrt(1 - self.betas[1] ** step)).add_(self.eps)
+        weights.addcdiv_(m, space, value=-rate / (1 - self.betas[0] ** step))
+
+
+MOMENTS = {"exp_avg": True, "exp_avg_sq": False}  # name → whether it has a sign
+
+
+def state_bytes(num_weights: int, bits: int) -> int:
+    """Return the bytes of both moments of one tensor."""
+    if bits == 8 and num_weights >= LEAST:
+        return 2 * (num_weights + 4 * math.ceil(num_weights / BLOCK))
+    return 8 * num_weights
+
+
+def state_tensors(optimizer: AdamW, parameter: Tensor) -> dict[str, Tensor]:
+    """Return what the optimizer holds of a parameter, by name; nothing before its first update."""
+    return dict(optimizer.state.get(parameter, {}))
+
+
+def load_state(optimizer: AdamW, parameter: Tensor, tensors: Mapping[str, Tensor]) -> None:
+    """Put back what `state_tensors` gave."""
+    optimizer.state.pop(parameter, None)
+    if tensors:
+        optimizer.state[parameter] = dict(tensors)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -16,26 +126,46 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) -> AdamW:
-    """Return AdamW with the adapters first and the head after; `lr_scale` of a group multiplies the schedule's rate."""
-    of_adapters = {id(p) for adapter in adapters(model).values() for p in adapter.parameters()}
-    parameters = list(trainable(model).values())
+def make_optimizer(
+    model: nn.Module, learning_rate: float, weight_decay: float, *, loraplus_ratio: float | None = None, bits: int = 32
+) -> AdamW:
+    """Return AdamW over the adapters' A, their B, DoRA's magnitudes and the head; `lr_scale` multiplies the schedule's rate.
+
+    LoRA+ (arXiv 2402.12354, section 4): B learns at `loraplus_ratio` times the rate of A. Decay is for A and B: it would shrink
+    a magnitude, which is as large as the weight itself, and not an update of it.
+    """
+    kinds: dict[str, list[nn.Parameter]] = {"A": [], "B": [], "magnitude": [], "head": []}
+    place: dict[int, str] = {}
+    for adapter in adapters(model).values():
+        place |= {id(adapter.lora_A): "A", id(adapter.lora_B): "B", id(adapter.lora_magnitude_vector): "magnitude"}
+    for parameter in trainable(model).values():
+        kinds[place.get(id(parameter), "head")].append(parameter)
+    scales = {"B": loraplus_ratio or 1.0, "head": HEAD_RATE}
     groups = [
         {
-            "params": [p for p in parameters if id(p) in of_adapters],
-            "weight_decay": weight_decay,
-            "lr_scale": 1.0,
-        },
-        {
-            "params": [p for p in parameters if id(p) not in of_adapters],
-            "weight_decay": 0.0,
-            "lr_scale": HEAD_RATE,
-        },
+            "params": parameters,
+            "weight_decay": weight_decay if kind in ("A", "B") else 0.0,
+            "lr_scale": scales.get(kind, 1.0),
+        }
+        for kind, parameters in kinds.items()
     ]
-    # Not fused: the fused update leaves a tensor's version as it was, and the adapters' rounded weights go by versions.
-    return AdamW([group for group in groups if group["params"]], lr=learning_rate, foreach=True)
+    return AdamW([group for group in groups if group["params"]], learning_rate, bits=bits)
 
 
 def set_learning_rate(optimizer: AdamW, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]
+
+
+@torch.no_grad()
+def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> float:
+    """Scale all gradients so that their common 2-norm is at most `max_norm`; return what it was.
+
+    A norm that is not finite is returned and changes nothing.
+    """
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = math.sqrt(sum(float(torch.linalg.vector_norm(grad)) ** 2 for grad in grads))
+    if math.isfinite(norm) and norm > max_norm:
+        for grad in grads:
+            grad.mul_(max_norm / norm)
+    return norm
