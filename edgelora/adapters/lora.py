@@ -127,9 +127,9 @@ class LoRA(nn.Module):
         shape = (base.out_features, base.in_features)
         a, b = INITIALIZATIONS[settings.init](Start(base.weight_fp32, shape, rank, scale, generator))
         magnitude = torch.linalg.vector_norm(base.weight_fp32(), dim=1) if settings.dora else None
-        layer = cls(base, Factors(a, b, scale, magnitude), settings.dropout)
+        layer = cls(base, Factors(a.contiguous(), b.contiguous(), scale, magnitude), settings.dropout)
         if settings.init in FROM_WEIGHT:
-            layer.initial = a.clone(), b.clone()
+            layer.initial = layer.lora_A.detach().clone(), layer.lora_B.detach().clone()
         return layer
 
     @property
@@ -157,7 +157,8 @@ class LoRA(nn.Module):
         self.lora_A.copy_(factors.a[:rank])
         self.lora_B.copy_(factors.b[:, :rank])
         if self.initial is not None:
-            self.initial = factors.a[rank:].clone(), -factors.b[:, rank:]
+            self.initial[0].copy_(factors.a[rank:])
+            self.initial[1].copy_(-factors.b[:, rank:])
         if self.lora_magnitude_vector is not None and factors.magnitude is not None:
             self.lora_magnitude_vector.copy_(factors.magnitude)
 
@@ -187,7 +188,9 @@ class LoRA(nn.Module):
     @property
     def in_weight_space(self) -> bool:
         """Whether the adapter acts through the weight alone: not with dropout on its input, nor with DoRA, whose norms are
-        constants to its gradient."""
+        constants to its gradient, nor while somebody listens to its input (eva.py)."""
+        if self._forward_pre_hooks:
+            return False
         return not self.enabled or (self.lora_magnitude_vector is None and not (self.dropout and self.training))
 
     def trained(self) -> Factors | None:
