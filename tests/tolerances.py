@@ -56,3 +56,6 @@ SAME_STEP = 1e-4
 # Loss of a bundle against that of its merged weights in torch (pytest.approx): the kernels round activations to 8 bits, which a
 # tiny model of random weights feels more than a trained one.
 LOSS_INT8_ACTIVATIONS = {"rel": 0.05}
+
+# Factors that adapters begin with against PEFT's, or a decomposition against its formula: fp32 LAPACK, products in another order.
+INITIAL_FACTORS = {"rtol": 1e-4, "atol": 1e-5}
