@@ -1,107 +1,27 @@
-"""What training a model costs: bytes of each part of the process, and arithmetic operations, from shapes alone.
+"""What training a model costs in memory: the bytes of each part of the process at its peak, from shapes and settings alone.
 
-The formulas follow what models/decoder.py, models/encoder.py and adapters/lora.py keep for backward; the constants were
-fitted to measured runs (tests/test_plan.py holds the predictions against runs). T tokens, H hidden, I inner width.
+The formulas follow what the engine keeps (models/linear_group.py, models/recompute.py, models/head.py, adapters/lora.py); the
+few constants were fitted to measured runs, and a probe of the loaded model corrects them (train/probe.py).
+T tokens, S supervised ones, H hidden, Q and KV widths of queries and keys, I inner width of the MLP.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from edgelora.models.source import ModelSource
-    from edgelora.models.spec import DecoderSpec
+from edgelora.shape import ModelShape
 
 FP32 = 4
-TILE_ROWS, TILE_LOGITS = 8192, 1 << 21  # models/head.py
-OPTIMIZER_COPIES = 4  # weight, gradient, and AdamW's two moments
 BLOCK_SIZE = 32
+TILE_ROWS, TILE_LOGITS = 8192, 1 << 21  # models/head.py
+MOMENT_BYTES = {32: 4.0, 8: 1.03}  # AdamW's two moments: 8 bits have one fp32 scale in 128 values or more
+STREAMED_BLOCKS = 3  # the one in use, the one read ahead, and the one that is being dropped
 
 # Fitted to runs of SmolLM2 and MiniLM: what torch's kernels, threads and allocator take beyond the tensors themselves.
 WARM_KERNELS = 45 << 20
-ALLOCATOR = 1.15  # freed blocks that the C allocator keeps
+ALLOCATOR = 1.05  # freed blocks that the C allocator keeps
 LOADING_COPIES = 2.2  # fp32 copies of the largest tensor that exist while it is quantized
 ENCODER_MODULES = 150 << 20  # transformers' modelling code, imported for encoders only
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """What a model's costs depend on."""
-
-    encoder: bool
-    layers: int
-    hidden: int
-    inner: int
-    queries: int  # width of all query heads together
-    keys: int  # width of all key heads together
-    vocab: int
-    linears: tuple[tuple[str, int, int], ...]  # path, outputs N, inputs K
-    tables: tuple[tuple[int, int], ...]  # embeddings, and the LM head where it is not tied: rows, width
-    merged_bytes: int | None = None  # bytes of the weights where they are on the grid already
-
-    @classmethod
-    def of(cls, source: ModelSource, task: str) -> ModelShape:
-        """Read the shape of an opened model. Raises ModelError for a decoder that is not known."""
-        if task == "text-generation":
-            from edgelora.models.families import decoder_spec
-
-            return cls._decoder(source, decoder_spec(source.config))
-        return cls._encoder(source)
-
-    @classmethod
-    def _decoder(cls, source: ModelSource, spec: DecoderSpec) -> ModelShape:
-        linears = tuple(
-            (spec.weight(role, layer), *spec.linear_shape(role))
-            for layer in range(spec.num_layers)
-            for role in spec.linear_roles
-        )
-        tables = [(spec.vocab_size, spec.hidden_size)] * (1 if spec.tied else 2)
-        if spec.has("positions"):
-            tables.append((spec.max_positions, spec.hidden_size))
-        return cls(
-            encoder=False,
-            layers=spec.num_layers,
-            hidden=spec.hidden_size,
-            inner=spec.intermediate_size,
-            queries=spec.num_heads * spec.head_dim,
-            keys=spec.num_kv_heads * spec.head_dim,
-            vocab=spec.vocab_size,
-            linears=linears,
-            tables=tuple(tables),
-            merged_bytes=_merged_bytes(source),
-        )
-
-    @classmethod
-    def _encoder(cls, source: ModelSource) -> ModelShape:
-        matrices = [(name.removesuffix(".weight"), source.shape(name)) for name in source.names() if name.endswith(".weight")]
-        matrices = [(path, shape) for path, shape in matrices if len(shape) == 2]
-        tables = tuple((shape[0], shape[1]) for path, shape in matrices if "embedding" in path)
-        linears = tuple((path, shape[0], shape[1]) for path, shape in matrices if re.search(r"\.\d+\.", path))
-        config = source.config
-        hidden = next(int(config[key]) for key in ("hidden_size", "dim", "d_model") if key in config)
-        return cls(
-            encoder=True,
-            layers=len({re.search(r"\.(\d+)\.", path)[1] for path, _, _ in linears}),  # type: ignore[index]
-            hidden=hidden,
-            inner=max((outputs for _, outputs, _ in linears), default=4 * hidden),
-            queries=hidden,
-            keys=hidden,
-            vocab=max((rows for rows, _ in tables), default=0),
-            linears=linears,
-            tables=tables,
-            merged_bytes=_merged_bytes(source),
-        )
-
-    @property
-    def linear_weights(self) -> int:
-        return sum(outputs * inputs for _, outputs, inputs in self.linears)
-
-    @property
-    def table_weights(self) -> int:
-        return sum(rows * width for rows, width in self.tables)
 
 
 @dataclass(frozen=True)
@@ -110,64 +30,109 @@ class Settings:
 
     base_bits: int
     micro_batch: int
-    gradient_checkpointing: bool
-    rank: int
-    targets: tuple[str, ...]  # paths of the adapted layers
+    kept_blocks: int  # the last ones keep what their backward needs; those before are computed again from their input
+    keep_bits: int = 32  # of what is kept
+    keep_in_file: bool = False  # inputs of recomputed blocks go to a scratch file
+    stream: bool = False  # base blocks are dropped from memory after use
+    optimizer_bits: int = 32
+    targets: tuple[tuple[str, int], ...] = ()  # paths of the adapted layers, and their ranks
     grid_bits: int | None = None  # bits of their rounded weights, kept between steps where training is on the grid
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The largest rows computed at once."""
+
+    tokens: int
+    supervised: int
+
+
+@dataclass(frozen=True)
+class Correction:
+    """What a probe found beside the formulas: bytes that do not depend on the settings, and a factor on activations."""
+
+    fixed: int = 0
+    activations: float = 1.0
 
 
 def adapter_weights(shape: ModelShape, settings: Settings) -> int:
     """Return the number of trained weights: A [r, K] and B [N, r] of each adapted layer."""
-    wanted = set(settings.targets)
-    return sum(settings.rank * (outputs + inputs) for path, outputs, inputs in shape.linears if path in wanted)
+    ranks = dict(settings.targets)
+    return sum(ranks.get(path, 0) * (outputs + inputs) for path, outputs, inputs in shape.linears)
 
 
-def memory_parts(shape: ModelShape, settings: Settings, tokens: int, process: int) -> dict[str, int]:
-    """Return the bytes of each part of the process at its peak; `tokens` are those of the largest micro-batch.
+def adapted_weights(shape: ModelShape, settings: Settings) -> int:
+    """Return the number of frozen weights in the adapted layers."""
+    ranks = dict(settings.targets)
+    return sum(outputs * inputs for path, outputs, inputs in shape.linears if path in ranks)
+
+
+def memory_parts(
+    shape: ModelShape, settings: Settings, piece: Piece, process: int, correction: Correction | None = None
+) -> dict[str, int]:
+    """Return the bytes of each part of the process at its peak, which is in the backward pass of the largest piece.
 
     `process` is the resident memory before the model is read.
     """
-    weights = base_bytes(shape, settings.base_bits)
-    trained = OPTIMIZER_COPIES * FP32 * adapter_weights(shape, settings)
-    kept = activation_bytes(shape, settings, tokens)
-    loss = 0 if shape.encoder else loss_bytes(shape, tokens)
-    buffer = unpack_bytes(shape, settings.base_bits)
+    found = correction or Correction()
+    trained = trained_bytes(shape, settings)
+    kept = activation_bytes(shape, settings, piece)
+    buffer = unpack_bytes(shape, settings)
     parts = {
-        "interpreter and libraries": process + WARM_KERNELS + (ENCODER_MODULES if shape.encoder else 0),
-        "base weights": weights,
+        "interpreter and libraries": process + WARM_KERNELS + (ENCODER_MODULES if shape.encoder else 0) + found.fixed,
+        "base weights": resident_base_bytes(shape, settings),
         "adapters and optimizer": trained,
         "rounded weights": rounded_bytes(shape, settings),
-        "activations": round(ALLOCATOR * kept),
-        "loss": loss,
+        "activations": round(ALLOCATOR * found.activations * kept),
         "unpacking buffer": buffer,
     }
     # While a tensor is quantized nothing of a training step exists yet: only what is above it counts.
     loading = largest_tensor(shape) * (LOADING_COPIES if settings.base_bits < 32 else 1.0)
-    later = trained + parts["activations"] + loss + buffer
-    parts["loading, above that"] = max(0, round(loading) - later)
+    parts["loading, above that"] = max(0, round(loading) - trained - parts["activations"] - buffer)
     return parts
 
 
-# What rounding's temporaries leave behind in the C allocator: SmolLM2 at 8 bits peaked 140 MB higher on the grid than off it,
-# of which the rounded weights themselves are 63.
-ROUNDING = 80 << 20
+def step_bytes(shape: ModelShape, settings: Settings, piece: Piece) -> int:
+    """Return what one piece takes beside what is there between steps: what a probe can measure."""
+    return round(ALLOCATOR * activation_bytes(shape, settings, piece))
+
+
+def trained_bytes(shape: ModelShape, settings: Settings) -> int:
+    """Return the bytes of the adapters: weight, gradient, and AdamW's two moments."""
+    return round(adapter_weights(shape, settings) * (2 * FP32 + 2 * MOMENT_BYTES[settings.optimizer_bits]))
+
+
+def moment_bytes(shape: ModelShape, settings: Settings) -> int:
+    """Return the bytes of AdamW's two moments, which exist from the first step on."""
+    return round(adapter_weights(shape, settings) * 2 * MOMENT_BYTES[settings.optimizer_bits])
 
 
 def rounded_bytes(shape: ModelShape, settings: Settings) -> int:
     """Return the bytes of the adapted layers' rounded weights."""
     if settings.grid_bits is None:
         return 0
-    wanted = set(settings.targets)
-    weights = sum(outputs * inputs for path, outputs, inputs in shape.linears if path in wanted)
-    return round(weights * bytes_per_weight(settings.grid_bits)) + ROUNDING
+    return round(adapted_weights(shape, settings) * bytes_per_weight(settings.grid_bits))
 
 
 def base_bytes(shape: ModelShape, bits: int) -> int:
     """Return the bytes of the frozen weights; tables keep at least 8 bits."""
     if shape.merged_bytes is not None:
         return shape.merged_bytes
-    tables = FP32 if shape.encoder else bytes_per_weight(max(bits, 8))
-    return round(shape.linear_weights * bytes_per_weight(bits) + shape.table_weights * tables)
+    return round(shape.linear_weights * bytes_per_weight(bits)) + table_bytes(shape, bits)
+
+
+def table_bytes(shape: ModelShape, bits: int) -> int:
+    """Return the bytes of embeddings and LM head."""
+    return round(shape.table_weights * (FP32 if shape.encoder else bytes_per_weight(max(bits, 8))))
+
+
+def resident_base_bytes(shape: ModelShape, settings: Settings) -> int:
+    """Return the bytes of the frozen weights that are in memory at once; with streaming a few blocks and the tables."""
+    whole = base_bytes(shape, settings.base_bits)
+    if not settings.stream:
+        return whole
+    blocks = round(shape.linear_weights / max(1, shape.layers) * STREAMED_BLOCKS * bytes_per_weight(settings.base_bits))
+    return min(whole, blocks + table_bytes(shape, settings.base_bits))
 
 
 def bytes_per_weight(bits: int) -> float:
@@ -175,71 +140,59 @@ def bytes_per_weight(bits: int) -> float:
     return bits / 8 + (FP32 / BLOCK_SIZE if bits in (4, 8) else 0)
 
 
-def activation_bytes(shape: ModelShape, settings: Settings, tokens: int) -> int:
-    """Return what forward keeps for backward, and what backward needs in one block."""
-    block = kept_per_token(shape)
-    # Backward of the MLP holds the gradients of its inner tensors beside what was kept.
-    passing = 4 * shape.inner + 2 * shape.hidden
-    if settings.gradient_checkpointing:
-        return FP32 * tokens * (shape.layers * shape.hidden + block + passing)
-    return FP32 * tokens * (shape.layers * block + passing)
+def trained_blocks(shape: ModelShape, settings: Settings) -> int:
+    """Return how many blocks backward reaches: those from the lowest adapter on."""
+    return shape.layers - shape.lowest([path for path, _ in settings.targets])
+
+
+def recomputed_blocks(shape: ModelShape, settings: Settings) -> int:
+    """Return how many blocks are computed again in backward."""
+    return max(0, trained_blocks(shape, settings) - settings.kept_blocks)
+
+
+def activation_bytes(shape: ModelShape, settings: Settings, piece: Piece) -> int:
+    """Return what forward keeps for backward, and what backward needs beside it: in the loss, or in one block.
+
+    The kept blocks come first in backward and are gone when the first recomputed one is whole in memory.
+    """
+    hidden, inner, value = shape.hidden, shape.inner, settings.keep_bits // 8
+    whole = FP32 * kept_per_token(shape)
+    recomputed = recomputed_blocks(shape, settings)
+    inputs = 0 if settings.keep_in_file else recomputed * hidden * value
+    kept = min(settings.kept_blocks, trained_blocks(shape, settings)) * kept_per_token(shape) * value
+    restored = whole if settings.keep_bits < 32 else 0  # one kept block in fp32 beside its bf16
+    # Backward of the MLP: gradients of its inner tensors (of gate and up, of their product, one temporary) and two of [T, H].
+    gradients = FP32 * ((2 * (1 + shape.gated)) * inner + 2 * hidden)
+    backward = piece.tokens * (inputs + max(kept + restored, whole if recomputed else 0) + gradients)
+    loss = 0 if shape.encoder else piece.tokens * (inputs + kept + FP32 * 2 * hidden) + loss_bytes(shape, piece)
+    return round(max(backward, loss))
 
 
 def kept_per_token(shape: ModelShape) -> int:
-    """Return the fp32 values that one block keeps for one token."""
+    """Return the fp32 values that one kept block has for one token."""
     hidden, inner, queries, keys = shape.hidden, shape.inner, shape.queries, shape.keys
     if shape.encoder:
         # queries, keys, values, attention twice, input and output of two norms, residuals, inner before and after GELU
         return 5 * queries + 6 * hidden + 2 * inner
-    # the block's input and the normed one; q, k, v; attention's output twice; middle and its norm; gate, up, product
-    return 2 * hidden + queries + 2 * keys + 2 * queries + 2 * hidden + 3 * inner
+    # the block's input; q, k, v; attention's output; the residual in the middle; gate and up
+    return 2 * hidden + 2 * queries + 2 * keys + (1 + shape.gated) * inner
 
 
-def loss_bytes(shape: ModelShape, tokens: int) -> int:
-    """Return what the tiled loss holds: four [S, H] tensors and one tile of logits with its exponentials."""
-    return FP32 * (4 * tokens * shape.hidden + min(TILE_LOGITS, tokens * TILE_ROWS))
+def loss_bytes(shape: ModelShape, piece: Piece) -> int:
+    """Return what the tiled loss holds: states, target rows and gradient [S, H], and one tile of logits."""
+    return FP32 * (3 * piece.supervised * shape.hidden + min(TILE_LOGITS, piece.supervised * TILE_ROWS))
 
 
-def unpack_bytes(shape: ModelShape, bits: int) -> int:
-    """Return the one fp32 buffer that a layer, or a tile of the head, is unpacked into, and the bytes of its codes."""
-    if bits == 32 and shape.merged_bytes is None:
-        return 0
-    layer = max((outputs * inputs for _, outputs, inputs in shape.linears), default=0)
-    tile = 0 if shape.encoder else min(TILE_ROWS, shape.vocab) * shape.hidden
-    return max(layer, tile) * (FP32 + 1)
+def unpack_bytes(shape: ModelShape, settings: Settings) -> int:
+    """Return the one fp32 buffer that a group of layers, or a tile of the head, is unpacked into, and its codes' copies."""
+    group, tile = shape.largest_group, 0 if shape.encoder else min(TILE_ROWS, shape.vocab) * shape.hidden
+    whole = settings.base_bits == 32 and shape.merged_bytes is None
+    # Adapters are added in the buffer, so that 32-bit weights are copied there too; a tile of a 32-bit head is not.
+    codes = 0 if whole else group  # int16 copies of packed codes
+    return FP32 * max(group, 0 if whole else tile) + codes
 
 
 def largest_tensor(shape: ModelShape) -> int:
     """Return the bytes of the largest tensor in fp32."""
     sizes = [outputs * inputs for _, outputs, inputs in shape.linears]
     return FP32 * max([*sizes, *(rows * width for rows, width in shape.tables)])
-
-
-def training_operations(shape: ModelShape, settings: Settings, tokens: int, supervised: int) -> float:
-    """Return the floating-point operations of training on `tokens` tokens, two for a multiplication and addition.
-
-    Forward 2·N, backward for activations 2·N, recomputation 2·N; the adapters' three products; the head
-    4·V·H at supervised positions.
-    """
-    passes = 6 if settings.gradient_checkpointing else 4
-    head = 0 if shape.encoder else 4 * shape.vocab * shape.hidden
-    return float(tokens * (passes * shape.linear_weights + 6 * adapter_weights(shape, settings)) + supervised * head)
-
-
-def scoring_operations(shape: ModelShape, tokens: int, supervised: int) -> float:
-    """Return the operations of a forward pass with its loss."""
-    head = 0 if shape.encoder else 2 * shape.vocab * shape.hidden
-    return float(2 * tokens * shape.linear_weights + supervised * head)
-
-
-def _merged_bytes(source: ModelSource) -> int | None:
-    if source.merged is None:
-        return None
-    return sum(path.stat().st_size for path in source.folder.glob("*.safetensors"))
-
-
-def targeted(paths: Sequence[str], wanted: str) -> tuple[str, ...]:
-    """Return the paths that target modules name. Raises SettingsError for names that match nothing."""
-    from edgelora.adapters.inject import choose_targets
-
-    return tuple(choose_targets(paths, wanted))

@@ -24,7 +24,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "config", "folder", "console", "hardware", "rates", "tokenizer", "chat_template"),
     ("tasks",),
     ("data", "quant", "models", "adapters", "bundle"),
-    ("costs", "kernels", "plan", "train", "merge", "export", "run", "evaluate", "bench", "inspect"),
+    ("shape", "costs", "speed", "choose", "planner", "kernels", "plan", "train", "merge", "export", "run", "evaluate", "bench", "inspect"),
     ("cli",),
     ("__main__",),
 )

@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import shlex
 import shutil
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from edgelora import console, folder, hardware
 from edgelora.adapters import inject, peft_format
-from edgelora.adapters.lora import LoRASettings
 from edgelora.config import FinetuneConfig
 from edgelora.data.prepare import Prepared, prepare
 from edgelora.data.store import Store
 from edgelora.errors import DataError, FolderError, Interrupted
-from edgelora.models.load import load_model
 from edgelora.models.predictor import TorchPredictor
 from edgelora.models.source import ModelSource, open_model
-from edgelora.plan import make_plan
+from edgelora.planner import make_planner
 from edgelora.tasks import get_task
 from edgelora.tokenizer import Tokenizer
-from edgelora.train import checkpoint, on_grid
+from edgelora.train import checkpoint
 from edgelora.train.batches import Schedule
 from edgelora.train.checkpoint import State
+from edgelora.train.loading import Stages, load, load_planned, round_as_shipped
 from edgelora.train.loop import Job, Trainer
 from edgelora.train.run import DATA, Run, copy_model_files, length_limit
 
@@ -69,25 +62,6 @@ def finetune(
             raise Interrupted(stopped.message, hint=hint) from None
 
 
-@dataclass
-class Stages:
-    """Seconds of each stage."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    def add(self, others: dict[str, float]) -> None:
-        for name, value in others.items():
-            self.seconds[name] = self.seconds.get(name, 0.0) + value
-
-    @contextmanager
-    def time(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.add({name: time.perf_counter() - started})
-
-
 def start(out: Path, source: ModelSource, data: str, config: FinetuneConfig, stages: Stages) -> tuple[Run, Model]:
     """Prepare rows, plan and model, then put the new run folder in its place: what is refused leaves nothing behind."""
     staging = out.with_name(f".{out.name}.partial")
@@ -100,13 +74,8 @@ def start(out: Path, source: ModelSource, data: str, config: FinetuneConfig, sta
         if not prepared.rows.get("valid"):
             raise DataError(f"{data} leaves no row to validate on", hint="give validation rows with --valid FILE")
         with stages.time("plan"):
-            share = prepared.supervised["train"] / prepared.tokens["train"]
-            lengths = prepared.store("train").lengths
-            plan = make_plan(source, lengths, config, task=prepared.task, supervised=share)
-        facts = {"reference": source.reference, "fingerprint": source.fingerprint, "license": source.license}
-        run = Run(facts, data, prepared.task, prepared.labels, config, plan)
-        network = load(source, run, stages)
-        run = round_as_shipped(network, run)
+            planner = make_planner(source, prepared, config)
+        run, network = load_planned(source, data, prepared, planner, staging, stages)
         copy_model_files(source, prepared.labels, staging)
         run.write(staging, complete=False)
         folder.swap_in(staging, out)
@@ -125,21 +94,8 @@ def reopen(out: Path, source: ModelSource, data: str, config: FinetuneConfig, st
         raise FolderError(f"{out} is complete: there is nothing to resume", hint="start again with --overwrite")
     run.refuse_other(source, data, config)
     network = load(source, run, stages)
+    network.keeping = run.plan.keeping(out)
     return round_as_shipped(network, run), network
-
-
-def load(source: ModelSource, run: Run, stages: Stages) -> Model:
-    """Return the model with new adapters. Raises SettingsError for target modules that it does not have."""
-    config, plan = run.settings, run.plan
-    torch.set_flush_denormal(True)
-    torch.set_num_threads(plan.threads)
-    torch.manual_seed(config.seed)
-    with stages.time("load"):
-        network = load_model(source, run.task, base_bits=plan.base_bits, labels=run.labels)
-        network.gradient_checkpointing = plan.gradient_checkpointing
-        targets = config.target_modules or get_task(run.task).target_modules
-        inject.attach(network, LoRASettings.from_config(config), targets)
-    return network
 
 
 def ended(out: Path) -> bool:
@@ -154,15 +110,6 @@ def complete(out: Path) -> dict[str, Any]:
     shutil.rmtree(out / checkpoint.FOLDER, ignore_errors=True)
     run.write(out, complete=True, results=manifest["results"], figures=manifest["figures"])
     return {"run": str(out), **manifest["figures"]}
-
-
-def round_as_shipped(network: Model, run: Run) -> Run:
-    """Put the adapters on the grid that will ship, where the run trains on it; return the run with that grid recorded."""
-    if not on_grid.applies(run.settings, run.plan.base_bits):
-        return run
-    run = dataclasses.replace(run, grid=run.grid or on_grid.choose_grid(network, run.settings))
-    inject.put_on_grid(network, run.grid)
-    return run
 
 
 class Training:
@@ -249,7 +196,7 @@ class Training:
                     "adapters": len(inject.adapters(self.model)),
                     "base bits": plan.base_bits,
                     "micro-batch": plan.micro_batch,
-                    "checkpointing": plan.gradient_checkpointing,
+                    "kept blocks": plan.kept_blocks,
                     "threads": plan.threads,
                     "peak": console.show_bytes(plan.predicted_peak_mb * (1 << 20)),
                     "time": console.show_time(plan.seconds),
@@ -260,12 +207,14 @@ class Training:
     def finish(self, state: State, adapted: Metrics) -> dict[str, Any]:
         """Complete the manifest and return the figures."""
         rows = closing_table(self.task.baseline(self.valid, self.run.labels), state.base, adapted)
+        peak = max(state.peak_rss_mb, hardware.peak_rss_mb())
         figures = {
             "steps": state.step,
             "tokens": state.tokens,
             "tokens_per_s": state.timed_tokens / state.timed_seconds if state.timed_seconds else None,
-            "peak_rss_mb": max(state.peak_rss_mb, hardware.peak_rss_mb()),
+            "peak_rss_mb": peak,
             "predicted_peak_mb": self.plan.predicted_peak_mb,
+            "peak_error": peak / self.plan.predicted_peak_mb - 1.0,
             "train_loss": state.train_loss,
             "valid": adapted,
             "table": rows,

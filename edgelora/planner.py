@@ -1,0 +1,222 @@
+"""From rows and a model's shape to a Plan: the schedule's pieces, the choice (choose.py), and its cost on this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from edgelora import choose, costs, hardware, speed
+from edgelora.choose import MARGIN, Choice, Situation, Work, micro_batches
+from edgelora.costs import Correction, Piece, Settings
+from edgelora.errors import MachineError
+from edgelora.plan import DEFAULT_LENGTH, Plan
+from edgelora.shape import ModelShape
+from edgelora.speed import Load
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from edgelora.config import FinetuneConfig
+    from edgelora.data.prepare import Prepared
+    from edgelora.models.source import ModelSource
+
+MB = 1 << 20
+SUPERVISED = 0.6  # share of tokens that is trained on, where the rows have not told
+
+
+@dataclass(frozen=True)
+class Planner:
+    """What a plan is made from, so that it can be made again when a probe has measured."""
+
+    situation: Situation
+    budget: int
+    asked: bool  # the budget is the user's
+    supervised: float
+    threads: int
+    matmul: str
+    limit: int
+    rate: float  # seconds of this machine for one of the reference machine
+
+    def plan(self) -> tuple[Plan, Choice]:
+        """Return the plan. Raises MachineError with the least that would do when nothing fits."""
+        chosen, wanted, least = choose.choose(self.situation, self.budget)
+        if chosen is None:
+            raise too_little(least, self.budget, self.situation.config)
+        return self.complete(chosen, wanted), chosen
+
+    def corrected(self, correction: Correction, rate: float) -> Planner:
+        """Return the planner that knows what a probe has found."""
+        situation = dataclasses.replace(self.situation, correction=correction)
+        return dataclasses.replace(self, situation=situation, rate=rate)
+
+    def again(self, before: Choice) -> tuple[Plan, Choice]:
+        """Return the plan with the frozen weights as they are loaded already, or another where nothing else fits."""
+        settings = before.settings
+        config = dataclasses.replace(self.situation.config, base_bits=settings.base_bits)
+        if settings.optimizer_bits != 32:
+            config = dataclasses.replace(config, optimizer_bits=settings.optimizer_bits)
+        chosen, _, _ = choose.choose(dataclasses.replace(self.situation, config=config), self.budget)
+        if chosen is None or chosen.settings.stream != settings.stream:
+            return self.plan()
+        return self.complete(chosen, choose.choose(self.situation, self.budget)[1]), chosen
+
+    def complete(self, chosen: Choice, wanted: Choice) -> Plan:
+        situation, settings, work = self.situation, chosen.settings, self.situation.work
+        seconds = self.rate * chosen.seconds
+        score, generate = closing_seconds(situation, settings, self.supervised)
+        free = ("adapters and optimizer", "activations", "unpacking buffer", "loading, above that")
+        return Plan(
+            base_bits=settings.base_bits,
+            micro_batch=settings.micro_batch,
+            kept_blocks=settings.kept_blocks,
+            keep_bits=settings.keep_bits,
+            keep_in_file=settings.keep_in_file,
+            stream=settings.stream,
+            optimizer_bits=settings.optimizer_bits,
+            threads=self.threads,
+            matmul=self.matmul,
+            max_length=self.limit,
+            predicted_peak_mb=round(chosen.peak / MB, 1),
+            scoring_mb=round(
+                (sum(chosen.parts[name] for name in free) - costs.trained_bytes(situation.shape, settings)) / MB, 1
+            ),
+            seconds=round(seconds, 1),
+            total_seconds=round(seconds + self.rate * ((2 + max(1, situation.config.evaluations)) * score + 2 * generate), 1),
+            budget_mb=round(self.budget / MB, 1),
+            steps=work.steps,
+            tokens=work.tokens,
+            parts={name: round(size / MB, 1) for name, size in chosen.parts.items() if size},
+            notes=self.notes(chosen, wanted),
+        )
+
+    def notes(self, chosen: Choice, wanted: Choice) -> list[str]:
+        """Return what was given up for the budget, for people."""
+        notes = choose.explain(wanted.settings, chosen.settings, self.situation.shape)
+        if notes:
+            notes.insert(0, f"the fastest settings would take {wanted.peak // MB} MB; {self.budget // MB} MB are allowed")
+        if chosen.settings.stream:
+            resident = self.situation.judge(dataclasses.replace(chosen.settings, stream=False))
+            slower = chosen.seconds / resident.seconds
+            notes.append(f"the frozen weights are read from the disk as they are used: {slower:.1f} times the time")
+        if not self.asked:
+            notes.append("the budget is half of what is free; --ram sets it")
+        return notes
+
+
+def make_planner(source: ModelSource, prepared: Prepared, config: FinetuneConfig) -> Planner:
+    """Return the planner of a run on prepared rows. Raises SettingsError for target modules that match nothing."""
+    share = prepared.supervised["train"] / prepared.tokens["train"]
+    return planner_for(source, prepared.store("train").lengths, config, task=prepared.task, supervised=share)
+
+
+def planner_for(
+    source: ModelSource,
+    lengths: NDArray[np.int64],
+    config: FinetuneConfig,
+    *,
+    task: str | None = None,
+    supervised: float = SUPERVISED,
+) -> Planner:
+    """Return the planner for training rows of `lengths` tokens, of which the share `supervised` is trained on."""
+    from edgelora.models import gemm
+    from edgelora.tasks import get_task
+    from edgelora.train.run import length_limit
+
+    task = task or config.task or guess_task(source)
+    shape = ModelShape.of(source, task)
+    threads = config.threads or hardware.physical_cores()
+    matmul = gemm.choose(threads)
+    rate = matrix_rate(threads, matmul)
+    process = round(hardware.rss_mb() * MB)
+    work = lay_out(lengths, config, config.batch_size or get_task(task).batch_size, supervised, padded=shape.encoder)
+    return Planner(
+        situation=Situation(shape, config, task, work, process),
+        budget=config.ram or (hardware.available_memory() + process) // 2,
+        asked=config.ram is not None,
+        supervised=supervised,
+        threads=threads,
+        matmul=matmul,
+        limit=min(config.max_length or DEFAULT_LENGTH, length_limit(source.config)),
+        rate=speed.REFERENCE_RATE / 1e9 / rate,
+    )
+
+
+def matrix_rate(threads: int, matmul: str) -> float:
+    """Return GFLOP/s of fp32 matrix products on so many threads with the chosen library."""
+    import torch
+
+    from edgelora.models import gemm
+
+    before, library = torch.get_num_threads(), gemm.library()
+    torch.set_num_threads(threads)
+    try:
+        return gemm.rate(matmul, gemm.TOKENS, gemm.OUTPUTS, gemm.INPUTS, 0.3)
+    finally:
+        torch.set_num_threads(before)
+        gemm.use(library)
+
+
+def guess_task(source: ModelSource) -> str:
+    """Return the task of a model's kind, where no rows have told."""
+    from edgelora.models.families import FAMILIES
+
+    return "text-generation" if source.config.get("model_type") in FAMILIES else "text-classification"
+
+
+def lay_out(lengths: NDArray[np.int64], config: FinetuneConfig, batch_size: int, supervised: float, *, padded: bool) -> Work:
+    """Cut the rows into steps and pieces as training will, and measure the pieces."""
+    from edgelora.train.batches import Schedule, split
+
+    schedule = Schedule(lengths, batch_size, config.seed)
+    steps = schedule.num_steps(config.epochs, config.max_steps)
+    sizes = micro_batches(config, batch_size)
+    where: dict[int, tuple[int, ...]] = {}
+    tokens, largest = 0, dict.fromkeys(sizes, 0)
+    pieces, computed = dict.fromkeys(sizes, 0), dict.fromkeys(sizes, 0)
+    looked_at = min(steps, 4 * schedule.steps_per_epoch)  # later epochs are cut alike
+    for step in range(looked_at):
+        rows = schedule.rows(step)
+        tokens += int(lengths[rows].sum())
+        for size in sizes:
+            for part in split(lengths, rows, size):
+                count = len(part) * int(lengths[part].max()) if padded else int(lengths[part].sum())
+                pieces[size] += 1
+                computed[size] += count
+                if count > largest[size]:
+                    largest[size], where[size] = count, tuple(part)
+    scale = steps / looked_at
+    loads = {
+        size: Load(steps, round(pieces[size] * scale), computed[size] * scale, supervised * tokens * scale) for size in sizes
+    }
+    pieces_of = {size: Piece(count, round(supervised * count)) for size, count in largest.items()}
+    return Work(steps, round(tokens * scale), pieces_of, where, loads)
+
+
+def closing_seconds(situation: Situation, settings: Settings, supervised: float) -> tuple[float, float]:
+    """Return the reference machine's seconds of scoring the validation rows once, and of generating their answers once."""
+    from edgelora.train.finetune import SHORT_ANSWER
+
+    load, shape = situation.work.loads[settings.micro_batch], situation.shape
+    rows = situation.config.valid_rows or 500
+    length = situation.work.tokens / max(1, load.steps) / max(1, situation.config.batch_size or 8)
+    answer = supervised * length
+    score = speed.scoring_seconds(shape, settings, rows * length, rows * answer)
+    writes = not shape.encoder and answer <= SHORT_ANSWER / 2
+    return score, speed.generating_seconds(shape, settings, rows, 2 * answer) if writes else 0.0
+
+
+def too_little(least: Choice, budget: int, config: FinetuneConfig) -> MachineError:
+    """Return the refusal, with the least that would do."""
+    needed, settings = -(-round(least.peak / MARGIN) // MB), least.settings
+    fixed = [
+        name for name in ("base_bits", "micro_batch", "gradient_checkpointing", "optimizer_bits")
+        if getattr(config, name) is not None
+    ]  # fmt: skip
+    how = f"{settings.base_bits}-bit base weights, {settings.micro_batch} rows at once"
+    asked = f"{budget // MB} MB (--ram) are" if config.ram else f"half of the free memory, {budget // MB} MB, is"
+    lines = [f"{asked} too little: this run needs at least {needed} MB ({how})"]
+    lines += [f"you have set {', '.join(fixed)}, which the planner may not change"] if fixed else []
+    hint = f"--ram {needed}MB, a smaller model, or shorter rows (--max-length)"
+    return MachineError("\n  ".join(lines), hint=hint)

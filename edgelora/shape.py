@@ -1,0 +1,129 @@
+"""What a model's costs depend on, read from its config and the shapes of its tensors; no weight is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from edgelora.models.source import ModelSource
+    from edgelora.models.spec import DecoderSpec
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Widths, layers and matrices of a decoder or an encoder."""
+
+    encoder: bool
+    layers: int
+    hidden: int
+    inner: int
+    queries: int  # width of all query heads together
+    keys: int  # width of all key heads together
+    vocab: int
+    gated: bool  # the MLP has a gate beside its upward projection
+    linears: tuple[tuple[str, int, int], ...]  # path, outputs N, inputs K
+    tables: tuple[tuple[int, int], ...]  # embeddings, and the LM head where it is not tied: rows, width
+    merged_bytes: int | None = None  # bytes of the weights where they are on the grid already
+
+    @classmethod
+    def of(cls, source: ModelSource, task: str) -> ModelShape:
+        """Read the shape of an opened model. Raises ModelError for a decoder that is not known."""
+        if task == "text-generation":
+            from edgelora.models.families import decoder_spec
+
+            return cls._decoder(source, decoder_spec(source.config))
+        return cls._encoder(source)
+
+    @classmethod
+    def _decoder(cls, source: ModelSource, spec: DecoderSpec) -> ModelShape:
+        linears = tuple(
+            (spec.weight(role, layer), *spec.linear_shape(role))
+            for layer in range(spec.num_layers)
+            for role in spec.linear_roles
+        )
+        tables = [(spec.vocab_size, spec.hidden_size)] * (1 if spec.tied else 2)
+        if spec.has("positions"):
+            tables.append((spec.max_positions, spec.hidden_size))
+        return cls(
+            encoder=False,
+            layers=spec.num_layers,
+            hidden=spec.hidden_size,
+            inner=spec.intermediate_size,
+            queries=spec.num_heads * spec.head_dim,
+            keys=spec.num_kv_heads * spec.head_dim,
+            vocab=spec.vocab_size,
+            gated=spec.gated,
+            linears=linears,
+            tables=tuple(tables),
+            merged_bytes=_merged_bytes(source),
+        )
+
+    @classmethod
+    def _encoder(cls, source: ModelSource) -> ModelShape:
+        matrices = [(name.removesuffix(".weight"), source.shape(name)) for name in source.names() if name.endswith(".weight")]
+        matrices = [(path, shape) for path, shape in matrices if len(shape) == 2]
+        tables = tuple((shape[0], shape[1]) for path, shape in matrices if "embedding" in path)
+        linears = tuple((path, shape[0], shape[1]) for path, shape in matrices if layer_of(path) is not None)
+        config = source.config
+        hidden = next(int(config[key]) for key in ("hidden_size", "dim", "d_model") if key in config)
+        return cls(
+            encoder=True,
+            layers=len({layer_of(path) for path, _, _ in linears}),
+            hidden=hidden,
+            inner=max((outputs for _, outputs, _ in linears), default=4 * hidden),
+            queries=hidden,
+            keys=hidden,
+            vocab=max((rows for rows, _ in tables), default=0),
+            gated=False,
+            linears=linears,
+            tables=tables,
+            merged_bytes=_merged_bytes(source),
+        )
+
+    @property
+    def linear_weights(self) -> int:
+        return sum(outputs * inputs for _, outputs, inputs in self.linears)
+
+    @property
+    def table_weights(self) -> int:
+        return sum(rows * width for rows, width in self.tables)
+
+    @property
+    def largest_group(self) -> int:
+        """Weights of the largest layers that are unpacked together: q, k, v of one input, or gate and up."""
+        single = max((outputs * inputs for _, outputs, inputs in self.linears), default=0)
+        if self.encoder:
+            return single
+        return max(single, (self.queries + 2 * self.keys) * self.hidden, (1 + self.gated) * self.inner * self.hidden)
+
+    def lowest(self, targets: Sequence[str]) -> int:
+        """Return the first layer that has an adapter; below it nothing is kept and nothing computed in backward."""
+        layers = [layer_of(path) for path in targets]
+        return min((layer for layer in layers if layer is not None), default=0)
+
+
+def layer_of(path: str) -> int | None:
+    """Return the number of the layer that a module path names: 3 of "model.layers.3.mlp.up_proj"."""
+    found = re.search(r"\.(\d+)\.", path)
+    return None if found is None else int(found[1])
+
+
+def targeted(shape: ModelShape, wanted: str, rank: int, ranks: Mapping[str, int] | None = None) -> tuple[tuple[str, int], ...]:
+    """Return (path, rank) of the layers that target modules name; `ranks` are those of layers with their own, by name.
+
+    Raises SettingsError for names that match nothing.
+    """
+    from edgelora.adapters.inject import choose_targets, matches
+
+    paths = choose_targets([path for path, _, _ in shape.linears], wanted)
+    own = ranks or {}
+    return tuple((path, next((own[name] for name in own if matches(path, name)), rank)) for path in paths)
+
+
+def _merged_bytes(source: ModelSource) -> int | None:
+    if source.merged is None:
+        return None
+    return sum(path.stat().st_size for path in source.folder.glob("*.safetensors"))

@@ -1,0 +1,103 @@
+"""What training a model costs in time: a model of one machine, with constants, so that the planner's choice never varies.
+
+`plan` turns its seconds into those of this machine: by the rate of matrix products measured here, or better by a probe of the
+loaded model (train/probe.py).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+from edgelora import costs
+from edgelora.costs import Settings
+from edgelora.shape import ModelShape
+
+# Two cores with AVX-512 and oneDNN; what the constants were measured beside.
+REFERENCE_RATE = 430e9  # fp32 operations a second in large products
+FULL_SPEED = ((64, 0.65), (128, 0.8), (256, 1.0))  # tokens of a product, share of the rate it reaches
+COPYING = {32: 0.02e-9, 16: 0.035e-9, 8: 0.08e-9, 4: 0.12e-9}  # seconds per weight and unpacking
+ROUNDING = 4e-9  # seconds per weight and step of rounding to the grid
+BLOCK_SECONDS = 0.5e-3  # Python and small kernels per block and pass of a piece
+ELEMENT_SECONDS = 0.25e-9  # per value that a block keeps and pass: norms, activations, attention
+SLOW_PRODUCTS = 0.3  # share of the rate that products with the few columns of an adapter reach
+OPTIMIZER = {32: 1.5e-9, 8: 12e-9}  # seconds per trained weight and step, clipping counted
+FILE_BYTES = 1.5e9  # bytes a second of writing and reading kept activations
+STREAM_BYTES = 2.0e9  # bytes a second of weights that are read again after they were dropped
+
+
+@dataclass(frozen=True)
+class Load:
+    """The work of a run with so many rows at once: what the schedule cuts the rows into."""
+
+    steps: int
+    pieces: int  # of all steps
+    tokens: float  # of all pieces, padding counted
+    supervised: float
+
+
+def share_of_rate(tokens: float) -> float:
+    """Return the share of the machine's rate that a product of so many tokens reaches."""
+    if tokens <= FULL_SPEED[0][0]:
+        return FULL_SPEED[0][1] * max(tokens, 1.0) / FULL_SPEED[0][0]
+    for (low, below), (high, above) in itertools.pairwise(FULL_SPEED):
+        if tokens <= high:
+            return below + (above - below) * math.log2(tokens / low) / math.log2(high / low)
+    return FULL_SPEED[-1][1]
+
+
+def piece_seconds(shape: ModelShape, settings: Settings, tokens: float, supervised: float) -> float:
+    """Return the seconds of forward and backward of one piece.
+
+    Necessary operations: 2·N forward, 2·N backward above the lowest adapter, 2·N for each block computed again, 4·V·H at
+    supervised positions; an adapter of rank r costs 2·r·N for each unpacking and six products of [T, r].
+    """
+    layers = max(1, shape.layers)
+    passes = (layers + costs.trained_blocks(shape, settings) + costs.recomputed_blocks(shape, settings)) / layers
+    rate = REFERENCE_RATE * share_of_rate(tokens)
+    head = 0 if shape.encoder else shape.vocab * shape.hidden
+    products = (2 * passes * tokens * shape.linear_weights + 4 * supervised * head) / rate
+    bits = settings.grid_bits or settings.base_bits
+    unpacking = COPYING[bits] * passes * shape.linear_weights + COPYING[max(bits, 8)] * head
+    adapted, rank = costs.adapted_weights(shape, settings), max((rank for _, rank in settings.targets), default=0)
+    in_weights = 0.0 if settings.grid_bits else 2 * rank * passes * adapted / REFERENCE_RATE / SLOW_PRODUCTS
+    low_rank = 6 * tokens * costs.adapter_weights(shape, settings) / rate / SLOW_PRODUCTS
+    elements = ELEMENT_SECONDS * passes * layers * tokens * costs.kept_per_token(shape)
+    moved = 2 * tokens * costs.recomputed_blocks(shape, settings) * shape.hidden * settings.keep_bits / 8
+    filed = moved / FILE_BYTES if settings.keep_in_file else 0.0
+    read = passes * costs.bytes_per_weight(settings.base_bits) * shape.linear_weights
+    streamed = read / STREAM_BYTES if settings.stream else 0.0
+    return products + unpacking + in_weights + low_rank + elements + filed + streamed + BLOCK_SECONDS * passes * layers
+
+
+def step_seconds(shape: ModelShape, settings: Settings) -> float:
+    """Return the seconds of a step that do not depend on its rows: the update, and rounding where training is on the grid."""
+    rounding = ROUNDING * costs.adapted_weights(shape, settings) if settings.grid_bits else 0.0
+    return rounding + OPTIMIZER[settings.optimizer_bits] * costs.adapter_weights(shape, settings)
+
+
+def training_seconds(shape: ModelShape, settings: Settings, load: Load) -> float:
+    """Return the seconds of all steps on the reference machine."""
+    pieces = max(1, load.pieces)
+    piece = piece_seconds(shape, settings, load.tokens / pieces, load.supervised / pieces)
+    return pieces * piece + load.steps * step_seconds(shape, settings)
+
+
+def scoring_seconds(shape: ModelShape, settings: Settings, tokens: float, supervised: float) -> float:
+    """Return the seconds of scoring rows: forward passes of 512 tokens and the head at supervised positions."""
+    head = 0 if shape.encoder else shape.vocab * shape.hidden
+    operations = 2 * tokens * shape.linear_weights + 2 * supervised * head
+    passes = math.ceil(tokens / 512)
+    elements = ELEMENT_SECONDS * shape.layers * tokens * costs.kept_per_token(shape)
+    unpacking = COPYING[settings.base_bits] * shape.linear_weights * passes
+    return operations / REFERENCE_RATE + elements + unpacking + BLOCK_SECONDS * shape.layers * passes
+
+
+def generating_seconds(shape: ModelShape, settings: Settings, answers: int, length: float) -> float:
+    """Return the seconds of writing so many answers, sixteen at once: each token unpacks all weights and the head."""
+    steps = math.ceil(answers / 16) * length
+    head = shape.vocab * shape.hidden
+    unpacking = COPYING[settings.base_bits] * shape.linear_weights + COPYING[max(settings.base_bits, 8)] * head
+    product = 2 * 16 * (shape.linear_weights + head) / (REFERENCE_RATE * share_of_rate(16))
+    return steps * (unpacking + product + BLOCK_SECONDS * shape.layers)

@@ -1,0 +1,104 @@
+"""From a plan to the loaded model: its adapters attached, on the grid where the run trains on it, and the plan probed."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from edgelora.adapters import inject
+from edgelora.adapters.lora import LoRASettings
+from edgelora.data.prepare import Prepared
+from edgelora.models import gemm
+from edgelora.models.load import load_model
+from edgelora.models.source import ModelSource
+from edgelora.plan import Plan
+from edgelora.planner import Planner
+from edgelora.tasks import get_task
+from edgelora.tokenizer import Tokenizer
+from edgelora.train import on_grid, probe
+from edgelora.train.probe import Probe
+from edgelora.train.run import Run
+
+if TYPE_CHECKING:
+    from edgelora.models.decoder import Decoder
+    from edgelora.models.encoder import Encoder
+
+    Model = Decoder | Encoder
+
+
+@dataclass
+class Stages:
+    """Seconds of each stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def add(self, others: dict[str, float]) -> None:
+        for name, value in others.items():
+            self.seconds[name] = self.seconds.get(name, 0.0) + value
+
+    @contextmanager
+    def time(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add({name: time.perf_counter() - started})
+
+
+def load_planned(
+    source: ModelSource, data: str, prepared: Prepared, planner: Planner, folder: Path, stages: Stages
+) -> tuple[Run, Model]:
+    """Return the run and its model, loaded as planned and the plan corrected by a probe of it.
+
+    Where the probe finds that the budget asks for other frozen weights, the model is loaded again.
+    """
+    facts = {"reference": source.reference, "fingerprint": source.fingerprint, "license": source.license}
+    plan, choice = planner.plan()
+    tried: list[Plan] = []
+    while True:
+        run = Run(facts, data, prepared.task, prepared.labels, planner.situation.config, plan)
+        network = load(source, run, stages)
+        run = round_as_shipped(network, run)
+        network.keeping = plan.keeping(folder)
+        if tried and tried[-1].base_bits != plan.base_bits:
+            return run, network
+        tried.append(plan)
+        with stages.time("probe"):
+            task = get_task(run.task)
+            collate = functools.partial(task.collate, pad_token_id=Tokenizer.from_folder(source.folder).pad_token_id or 0)
+            planner, plan, choice = probe.refine(planner, choice, Probe(network, task, collate, prepared.store("train")))
+        if (plan.base_bits, plan.stream) == (tried[-1].base_bits, tried[-1].stream):
+            network.keeping = plan.keeping(folder)
+            return dataclasses.replace(run, plan=plan), network
+        del network
+
+
+def load(source: ModelSource, run: Run, stages: Stages) -> Model:
+    """Return the model with new adapters. Raises SettingsError for target modules that it does not have."""
+    config, plan = run.settings, run.plan
+    torch.set_flush_denormal(True)
+    torch.set_num_threads(plan.threads)
+    gemm.use(plan.matmul)
+    torch.manual_seed(config.seed)
+    with stages.time("load"):
+        network = load_model(source, run.task, base_bits=plan.base_bits, labels=run.labels, streamed=plan.stream)
+        targets = config.target_modules or get_task(run.task).target_modules
+        inject.attach(network, LoRASettings.from_config(config), targets)
+    return network
+
+
+def round_as_shipped(network: Model, run: Run) -> Run:
+    """Put the adapters on the grid that will ship, where the run trains on it; return the run with that grid recorded."""
+    if not on_grid.applies(run.settings, run.plan.base_bits):
+        return run
+    run = dataclasses.replace(run, grid=run.grid or on_grid.choose_grid(network, run.settings))
+    inject.put_on_grid(network, run.grid)
+    return run
