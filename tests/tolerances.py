@@ -57,5 +57,5 @@ SAME_STEP = 1e-4
 # tiny model of random weights feels more than a trained one.
 LOSS_INT8_ACTIVATIONS = {"rel": 0.05}
 
-# Factors that adapters begin with against PEFT's, or a decomposition against its formula: fp32 LAPACK, products in another order.
+# Factors that adapters begin with against PEFT's, or a decomposition against its formula: fp32 LAPACK, sums in another order.
 INITIAL_FACTORS = {"rtol": 1e-4, "atol": 1e-5}
