@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from edgelora.models.predictor import TorchPredictor, to_tensors
 from edgelora.models.source import open_model
 from edgelora.tasks.base import Example
 from edgelora.tasks.text_generation import TextGeneration
+from edgelora.train.batches import split
 from edgelora.train.optimizer import trainable
 
 TASK = TextGeneration()
@@ -72,3 +74,20 @@ def test_a_truncated_row_ends_with_its_last_target() -> None:
     assert len(TASK.truncate(example(9, [4, 5, 8]), 8)) == 6
     assert len(TASK.truncate(example(9, [4, 5, 8]), 9)) == 9
     assert len(TASK.truncate(example(9, [8]), 5)) == 5  # without a target it is refused, by its length
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 8, 9])
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 8])
+def test_the_largest_piece_is_the_least_possible(count: int, micro_batch: int) -> None:
+    """Against every way to cut, on lengths that are nearly equal, far apart, and all the same."""
+    random = np.random.default_rng([count, micro_batch])
+    for lengths in (random.integers(40, 60, count), (10 ** (3 * random.random(count))).astype(np.int64), np.full(count, 9)):
+        rows = sorted(range(count), key=lambda row: -int(lengths[row]))
+        pieces = split(lengths, rows, micro_batch)
+        number = -(-count // micro_batch)
+        assert [row for piece in pieces for row in piece] == rows
+        assert len(pieces) == number
+        assert all(pieces)
+        ways = (np.split(lengths[rows], list(at)) for at in combinations(range(1, count), number - 1))
+        assert max(int(lengths[piece].sum()) for piece in pieces) == min(max(int(part.sum()) for part in way) for way in ways)
+    assert split(np.array([90, 20, 20, 20, 20, 20]), [0, 1, 2, 3, 4, 5], 3) == [[0], [1, 2, 3, 4, 5]]

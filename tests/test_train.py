@@ -115,7 +115,7 @@ def test_batches_hold_every_row_once_and_like_lengths_together() -> None:
     assert rows.num_steps(2.0, None) == 2 * math.ceil(203 / 8)
     assert rows.num_steps(2.0, 5) == 5
     assert sorted(rows.rows(26)) == sorted(epoch_batches(lengths, 8, 3, 1)[0])
-    assert split([4, 2, 9, 1, 7], 2) == [[4, 2], [9, 1], [7]]
+    assert split(np.full(10, 5), [4, 2, 9, 1, 7], 2) == [[4, 2], [9, 1], [7]]
 
 
 def test_schedules_rise_and_fall() -> None:

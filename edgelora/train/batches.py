@@ -50,7 +50,28 @@ def epoch_batches(lengths: NDArray[np.int64], batch_size: int, seed: int, epoch:
     return [batches[i] for i in random.permutation(len(batches))]
 
 
-def split(rows: list[int], micro_batch: int) -> list[list[int]]:
-    """Cut the rows of a step into pieces computed one after the other; sizes differ by at most one row."""
+def split(lengths: NDArray[np.int64], rows: list[int], micro_batch: int) -> list[list[int]]:
+    """Cut the rows of a step into pieces computed one after the other: as many as pieces of `micro_batch` rows would be.
+
+    The largest piece has as few tokens as it can have without moving a row: the rows stay in their order.
+    """
     pieces = math.ceil(len(rows) / micro_batch)
-    return [piece.tolist() for piece in np.array_split(np.array(rows), pieces)]
+    tokens = [int(lengths[row]) for row in rows]
+    low, high = max(max(tokens), math.ceil(sum(tokens) / pieces)), sum(tokens)
+    while low < high:  # the least size of a piece that so many pieces are enough for
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(cuts(tokens, middle, 1)) <= pieces else (middle + 1, high)
+    starts = cuts(tokens, low, pieces)
+    return [rows[start:stop] for start, stop in zip(starts, [*starts[1:], len(rows)], strict=True)]
+
+
+def cuts(tokens: list[int], size: int, pieces: int) -> list[int]:
+    """Return where pieces of at most `size` tokens begin, each as long as it can be while `pieces` in all stay possible."""
+    starts, used = [0], 0
+    for row, count in enumerate(tokens):
+        enough_left = len(tokens) - row > pieces - len(starts)
+        if row and (used + count > size or not enough_left):
+            starts.append(row)
+            used = 0
+        used += count
+    return starts

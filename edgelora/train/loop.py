@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from edgelora.config import FinetuneConfig
     from edgelora.data.store import Store
     from edgelora.tasks.base import Metrics, Task
+
+SHOWN_EVERY = 0.5  # seconds between two changes of the progress bar
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,11 @@ class Trainer:
             loraplus_ratio=job.config.loraplus_ratio,
             bits=job.optimizer_bits,
         )
-        self.saved_at = time.monotonic()
+        self.saved_at = self.shown_at = time.monotonic()
+        self.unshown = 0  # steps
+        self.stop = StopRequest()
+        self.evaluation_steps = evaluation_steps(job.num_steps, job.config.evaluations)
+        torch.manual_seed(job.config.seed)  # whatever was random before, as a killed process does not do again
 
     def resume(self) -> None:
         """Continue where the checkpoint stands."""
@@ -73,34 +79,44 @@ class Trainer:
 
     def run(self) -> State:
         """Train to the last step or until patience ends. Raises Interrupted after a checkpoint on Ctrl-C or SIGTERM."""
-        job, state = self.job, self.state
-        log = Log(job.folder, state.step)
+        job = self.job
+        log = Log(job.folder, self.state.step)
         try:
-            with stop_request() as stop, console.progress("training", job.num_steps - state.step) as bar:
+            with stop_request() as self.stop, console.progress("training", job.num_steps - self.state.step) as bar:
                 if not checkpoint.exists(job.folder):
                     self.save()
                 first = True
-                while self.state.step < job.num_steps and not self.out_of_patience():
+                while self.unfinished(log):
                     before = self.state.step
-                    self.one_step(log, stop, timed=not first)
+                    self.one_step(log, timed=not first)
                     first = False
                     self.show(bar, self.state.step - before)
-                self.save()
-                if stop.requested:
+                self.show(bar, 0, now=True)
+                if self.stop.requested:
                     self.interrupt()
         finally:
             log.close()
         return self.state
 
+    def unfinished(self, log: Log) -> bool:
+        """Do the evaluation and the checkpoint that are due after the last step; tell whether there is another step."""
+        state, job = self.state, self.job
+        if state.step in self.evaluation_steps and state.evaluated < state.step:
+            self.evaluate(log)
+            self.save()  # with the best of now: to go back to an older one would not bring back its adapter
+        elif time.monotonic() - self.saved_at >= 60 * job.config.checkpoint_minutes:
+            self.save()
+        return state.step < job.num_steps and not self.out_of_patience()
+
     def out_of_patience(self) -> bool:
         patience = self.job.config.patience
         return patience is not None and self.state.worse >= patience
 
-    def one_step(self, log: Log, stop: StopRequest, *, timed: bool) -> None:
-        """Do one optimizer step with its guards, then what is due: evaluation, checkpoint. A broken step rolls back."""
+    def one_step(self, log: Log, *, timed: bool) -> None:
+        """Do one optimizer step with its guards. A broken step rolls back."""
         started, random = time.perf_counter(), torch.get_rng_state()
         rows = self.job.rows.rows(self.state.step)
-        loss_sum, items = self.gradients(rows, stop, random)
+        loss_sum, items = self.gradients(rows, random)
         loss, norm = loss_sum / items, self.clip()
         problem = guard.broken(loss, norm, self.state.recent)
         if problem is not None:
@@ -117,12 +133,8 @@ class Trainer:
         log.write(
             step=self.state.step, loss=loss, learning_rate=rate, grad_norm=norm, tokens=tokens, seconds=seconds, rows=rows
         )
-        if self.state.step in self.evaluation_steps():
-            self.evaluate(log)
-        if time.monotonic() - self.saved_at >= 60 * self.job.config.checkpoint_minutes:
-            self.save()
 
-    def gradients(self, rows: list[int], stop: StopRequest, random: Tensor) -> tuple[float, int]:
+    def gradients(self, rows: list[int], random: Tensor) -> tuple[float, int]:
         """Leave the gradients of a step's mean loss in the parameters; return the summed loss and the supervised items.
 
         Micro-batches add up sums, and the sum is divided by all items at the end, so that every token weighs the same.
@@ -130,8 +142,8 @@ class Trainer:
         job = self.job
         job.model.train()
         total, items = 0.0, 0
-        for part in split(rows, job.micro_batch):
-            if stop.requested:
+        for part in split(job.rows.lengths, rows, job.micro_batch):
+            if self.stop.requested:
                 self.optimizer.zero_grad()
                 torch.set_rng_state(random)
                 self.interrupt()
@@ -169,17 +181,17 @@ class Trainer:
             state.timed_tokens += tokens
             state.timed_seconds += seconds
 
-    def evaluation_steps(self) -> set[int]:
-        """Return the steps after which the validation rows are scored; the last one is always among them."""
-        times = max(1, self.job.config.evaluations)
-        return {round(self.job.num_steps * i / times) for i in range(1, times + 1)} - {0}
-
     def evaluate(self, log: Log) -> None:
         """Score the validation rows and keep the adapter if it is the best by the task's metric; ties go to the lower loss."""
         state, task, started = self.state, self.job.task, time.perf_counter()
+        try:
+            with self.stop.ending_at_once():
+                metrics = {name: value for name, value in self.job.score().items() if isinstance(value, float)}
+        except KeyboardInterrupt:
+            self.interrupt()  # the resumed run scores the rows again
+        state.evaluated = state.step
         state.train_loss = state.loss_sum / state.loss_items
         state.loss_sum, state.loss_items = 0.0, 0
-        metrics = {name: value for name, value in self.job.score().items() if isinstance(value, float)}
         state.seconds["validate"] = state.seconds.get("validate", 0.0) + time.perf_counter() - started
         log.write(step=state.step, train_loss=state.train_loss, valid=metrics)
         sign = 1.0 if task.higher_is_better else -1.0
@@ -209,15 +221,26 @@ class Trainer:
     def save(self) -> None:
         state = self.state
         state.peak_rss_mb = max(state.peak_rss_mb, hardware.peak_rss_mb())
-        checkpoint.save(self.job.folder, state, self.saved, self.optimizer, torch.get_rng_state())
+        with self.stop.finishing():
+            checkpoint.save(self.job.folder, state, self.saved, self.optimizer, torch.get_rng_state())
         self.saved_at = time.monotonic()
 
-    def interrupt(self) -> None:
+    def interrupt(self) -> NoReturn:
         self.save()
         raise Interrupted(f"interrupted after step {self.state.step} of {self.job.num_steps}; what was learned is kept")
 
-    def show(self, bar: console.Progress, steps: int) -> None:
+    def show(self, bar: console.Progress, steps: int, *, now: bool = False) -> None:
+        self.unshown += steps
+        if not now and time.monotonic() - self.shown_at < SHOWN_EVERY:
+            return
         state = self.state
         speed = f"{state.timed_tokens / state.timed_seconds:.0f} tok/s" if state.timed_seconds else "–"
         loss = f"{state.loss_sum / state.loss_items:.3f}" if state.loss_items else f"{state.train_loss or 0.0:.3f}"
-        bar.update(steps, loss=loss, speed=speed, memory=f"{hardware.rss_mb():.0f} MB")
+        bar.update(self.unshown, loss=loss, speed=speed, memory=f"{hardware.rss_mb():.0f} MB")
+        self.unshown, self.shown_at = 0, time.monotonic()
+
+
+def evaluation_steps(num_steps: int, times: int) -> set[int]:
+    """Return the steps after which the validation rows are scored; the last one is always among them."""
+    times = max(1, times)
+    return {round(num_steps * i / times) for i in range(1, times + 1)} - {0}

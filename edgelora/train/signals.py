@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM while training: the first asks the loop to stop at a safe point, the second stops at once."""
+"""Ctrl-C and SIGTERM while training: the first asks the loop to stop at a safe point, the second stops at once.
+
+Not while a checkpoint is written: that is finished first. What leaves nothing half done ends at the first signal already.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,33 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.requested = False
+        self.waits = False  # inside of `finishing`
+        self.ends = False  # inside of `ending_at_once`
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        again, self.requested = self.requested, True
+        if (again or self.ends) and not self.waits:
             raise KeyboardInterrupt
-        self.requested = True
+
+    @contextmanager
+    def finishing(self) -> Iterator[None]:
+        """Let no signal end the block: what it writes must become whole."""
+        self.waits = True
+        try:
+            yield
+        finally:
+            self.waits = False
+
+    @contextmanager
+    def ending_at_once(self) -> Iterator[None]:
+        """Let the first signal raise KeyboardInterrupt inside of the block, or a signal before it raise at its start."""
+        self.ends = True
+        try:
+            if self.requested:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self.ends = False
 
 
 @contextmanager
