@@ -21,7 +21,7 @@ ALLOWED_LONG: dict[str, str] = {}
 
 # Imports point from a later row to an earlier one, or stay within a row; among those of ORDER_INSIDE, from right to left only.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "config", "folder", "console", "hardware", "rates", "tokenizer", "chat_template"),
+    ("errors", "config", "folder", "console", "hardware", "memory", "rates", "tokenizer", "chat_template"),
     ("tasks",),
     ("data", "quant", "models", "adapters", "bundle"),
     ("shape", "costs", "speed", "choose", "planner", "kernels", "plan", "train", "merge", "export", "run", "evaluate", "bench", "inspect"),

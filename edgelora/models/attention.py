@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 from collections.abc import Sequence
@@ -118,9 +119,17 @@ class Cache:
 
     def keep(self, rows: Tensor) -> None:
         """Forget all documents but `rows`."""
-        self.keys = [keys[rows] for keys in self.keys]
-        self.values = [values[rows] for values in self.values]
+        for kept in (self.keys, self.values):  # one tensor after the other: never the whole cache twice
+            for layer, tensor in enumerate(kept):
+                kept[layer] = tensor[rows]
         self.lengths = self.lengths[rows]
+
+    def part(self, first: int, stop: int) -> Cache:
+        """Return the cache of some of the documents, in the same memory."""
+        part = copy.copy(self)
+        part.keys, part.values = ([tensor[first:stop] for tensor in kept] for kept in (self.keys, self.values))
+        part.lengths = self.lengths[first:stop]
+        return part
 
 
 class _Rotate(torch.autograd.Function):

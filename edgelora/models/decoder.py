@@ -159,19 +159,21 @@ class Decoder(nn.Module):
         return self.head.logits(hidden_SH)
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: frozenset[int]) -> list[list[int]]:
+    def generate(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: frozenset[int], *, at_once: int = 512
+    ) -> list[list[int]]:
         """Return the greedy continuation of each prompt, without the stop token.
 
-        All prompts run together, one new token of each per step; a finished one leaves the batch.
+        All prompts run together, one new token of each per step; a finished one leaves the batch. Before that, the prompts'
+        own tokens run `at_once` together, or one prompt.
         """
         answers: list[list[int]] = [[] for _ in prompts]
         if not prompts or max_new_tokens < 1:
             return answers
-        starts = torch.tensor([0, *(len(prompt) for prompt in prompts)]).cumsum(0)
         spec = self.spec
         longest = max(len(prompt) for prompt in prompts)
         cache = Cache(spec.num_layers, len(prompts), spec.num_kv_heads, longest + max_new_tokens, spec.head_dim)
-        hidden_BH = self._prefill(prompts, starts, cache)
+        hidden_BH = self._prefill(prompts, at_once, cache)
         rows = list(range(len(prompts)))
         for step in range(max_new_tokens):
             tokens = self.head.argmax(hidden_BH)
@@ -188,12 +190,22 @@ class Decoder(nn.Module):
             cache.lengths += 1
         return answers
 
-    def _prefill(self, prompts: Sequence[Sequence[int]], starts: Tensor, cache: Cache) -> Tensor:
-        """Run the prompts into the cache and return the hidden state of each one's last token, `[B, H]`."""
-        ids = torch.tensor([token for prompt in prompts for token in prompt])
-        hidden_TH = self._run(ids, Context(starts.tolist(), positions_of(starts), cache=cache))
-        cache.lengths += starts.diff()
-        return hidden_TH[starts[1:] - 1]
+    def _prefill(self, prompts: Sequence[Sequence[int]], at_once: int, cache: Cache) -> Tensor:
+        """Run the prompts into the cache, about `at_once` tokens together; return the state of each one's last, `[B, H]`."""
+        states, first = [], 0
+        while first < len(prompts):
+            stop, tokens = first + 1, len(prompts[first])
+            while stop < len(prompts) and tokens + len(prompts[stop]) <= at_once:
+                tokens += len(prompts[stop])
+                stop += 1
+            starts = torch.tensor([0, *(len(prompt) for prompt in prompts[first:stop])]).cumsum(0)
+            ids = torch.tensor([token for prompt in prompts[first:stop] for token in prompt])
+            part = cache.part(first, stop)
+            hidden_TH = self._run(ids, Context(starts.tolist(), positions_of(starts), cache=part))
+            states.append(hidden_TH[starts[1:] - 1])
+            part.lengths += starts.diff()
+            first = stop
+        return torch.cat(states)
 
     def linears(self) -> dict[str, nn.Module]:
         """Return the layers that adapters may go to, by checkpoint path in model order; the LM head is not among them."""

@@ -9,28 +9,64 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from edgelora.models.head import TILE_ROWS
+
 if TYPE_CHECKING:
     from edgelora.models.decoder import Decoder
     from edgelora.models.encoder import Encoder
+    from edgelora.models.spec import DecoderSpec
     from edgelora.tasks.base import Example
 
 Collate = Callable[[Sequence["Example"]], dict[str, NDArray[Any]]]
 
 BATCH_TOKENS = 512  # tokens computed at once, padding counted
-GENERATED_AT_ONCE = 16  # prompts that share a cache
+CACHE_BYTES = 64 << 20  # keys and values of the prompts that are continued together
+MOST_PROMPTS = 16  # that are continued together: more are hardly faster
+FP32 = 4
 
 
 def to_tensors(batch: dict[str, NDArray[Any]]) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
-class TorchPredictor:
-    """The Predictor (tasks/base.py) of a Decoder or an Encoder. `collate` is the task's, its padding token filled in."""
+def cache_bytes(spec: DecoderSpec, prompts: int, longest: int) -> int:
+    """Return the bytes of keys and values of so many prompts; `longest`: tokens of the longest one and its answer."""
+    return 2 * FP32 * spec.num_layers * spec.num_kv_heads * spec.head_dim * prompts * longest
 
-    def __init__(self, model: Decoder | Encoder, collate: Collate, *, batch_tokens: int = BATCH_TOKENS) -> None:
+
+def prompts_at_once(spec: DecoderSpec, longest: int, budget: int = CACHE_BYTES) -> int:
+    """Return how many prompts are continued together within a budget in bytes for their keys and values; at least one."""
+    return max(1, min(MOST_PROMPTS, budget // cache_bytes(spec, 1, longest)))
+
+
+def generation_bytes(
+    spec: DecoderSpec, prompts: int, longest: int, *, batch_tokens: int = BATCH_TOKENS, tile_rows: int = TILE_ROWS
+) -> int:
+    """Return the bytes that continuing `prompts` prompts together takes beside the weights and a layer's scratch buffer.
+
+    The cache, with the larger of what a block computes for a piece of the prompts and what one step takes: the keys and
+    values of a layer once more, repeated for all query heads, and a tile of logits.
+    """
+    tokens = min(max(batch_tokens, longest), prompts * longest)
+    queries, keys = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    block = 3 * spec.hidden_size + 2 * queries + 4 * keys + (3 if spec.gated else 2) * spec.intermediate_size
+    step = prompts * (2 * longest * queries + tile_rows)
+    return cache_bytes(spec, prompts, longest) + FP32 * max(tokens * block, step)
+
+
+class TorchPredictor:
+    """The Predictor (tasks/base.py) of a Decoder or an Encoder. `collate` is the task's, its padding token filled in.
+
+    batch_tokens: tokens computed at once (at least one row); cache_bytes: for keys and values while text is generated.
+    """
+
+    def __init__(
+        self, model: Decoder | Encoder, collate: Collate, *, batch_tokens: int = BATCH_TOKENS, cache_bytes: int = CACHE_BYTES
+    ) -> None:
         self.model: Any = model
         self.collate = collate
         self.batch_tokens = batch_tokens
+        self.cache_bytes = cache_bytes
 
     @torch.no_grad()
     def losses(self, examples: Sequence[Example]) -> list[tuple[float, int]]:
@@ -57,12 +93,15 @@ class TorchPredictor:
         """Continue each prompt greedily; prompts of like length share a cache."""
         self.model.eval()
         answers: list[list[int]] = [[] for _ in prompts]
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        for start in range(0, len(order), GENERATED_AT_ONCE):
-            numbers = order[start : start + GENERATED_AT_ONCE]
-            for number, answer in zip(
-                numbers, self.model.generate([list(prompts[i]) for i in numbers], max_new_tokens, stop), strict=True
-            ):
+        waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        while waiting:
+            # The longest come first: what they leave in the allocator is enough for the others.
+            longest = len(prompts[waiting[-1]]) + max_new_tokens
+            taken = waiting[-prompts_at_once(self.model.spec, longest, self.cache_bytes) :]
+            del waiting[-len(taken) :]
+            together = [list(prompts[i]) for i in taken]
+            found = self.model.generate(together, max_new_tokens, stop, at_once=self.batch_tokens)
+            for number, answer in zip(taken, found, strict=True):
                 answers[number] = answer
         return answers
 
