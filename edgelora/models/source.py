@@ -59,13 +59,13 @@ class ModelSource:
 
     def read_in_parts(self, name: str, num_rows: int) -> Iterator[Tensor]:
         """Yield a tensor, at most `num_rows` rows at a time: a large one is never whole in memory where it can be read so."""
+        starts = range(0, self.shape(name)[0], num_rows)
         read_rows = self.rows.get(name)
-        if read_rows is None:
-            yield from self.read(name).split(num_rows)
-            return
-        count = self.shape(name)[0]
-        for start in range(0, count, num_rows):
-            yield read_rows(start, min(start + num_rows, count))
+        if read_rows is not None:
+            yield from (read_rows(start, min(start + num_rows, starts.stop)) for start in starts)
+        else:
+            whole = self.read(name)
+            yield from (whole[start : start + num_rows] for start in starts)
 
     def read_linear(self, path: str, *, transposed: bool = False) -> Tensor | QuantizedTensor:
         """Return the weight `[N, K]` of the layer at `path`: on the grid when the source is a merged folder.
