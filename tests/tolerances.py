@@ -66,3 +66,10 @@ ADAMW_STEPS = {"rtol": 1e-5, "atol": 1e-6}
 # Squared error left of 150 steps with moments in 8 bits against 32 (pytest.approx), a thousandth of that at the start: measured
 # 14% more, for the moments of small gradients are coarse.
 EIGHT_BIT_LOSS = {"rel": 0.25}
+
+# Cosine of the principal directions of a sample found batch by batch with those found at once: what is weak is cut off between.
+EVA_COSINE = 0.999
+
+# Losses of the benchmark's peer (transformers, PEFT, padded) against ours (packed), relative: fp32 sums in another order, which a
+# few steps of training carry on.
+PEER_LOSS = 1e-4
