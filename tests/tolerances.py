@@ -70,6 +70,6 @@ EIGHT_BIT_LOSS = {"rel": 0.25}
 # Cosine of the principal directions of a sample found batch by batch with those found at once: what is weak is cut off between.
 EVA_COSINE = 0.999
 
-# Losses of the benchmark's peer (transformers, PEFT, padded) against ours (packed), relative: fp32 sums in another order, which a
-# few steps of training carry on.
+# Losses of the benchmark's peer (transformers, PEFT, padded) against ours (packed), relative: fp32 sums in another order, which
+# a few steps of training carry on.
 PEER_LOSS = 1e-4
