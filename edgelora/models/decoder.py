@@ -101,6 +101,12 @@ def positions_of(starts: Tensor) -> Tensor:
     return torch.arange(int(starts[-1])) - torch.repeat_interleave(starts[:-1], starts.diff())
 
 
+def _context(starts: Tensor) -> Context:
+    """Return what the blocks need to know of packed documents with the boundaries `[D + 1]`."""
+    bounds = [int(start) for start in starts]
+    return Context(bounds, positions_of(torch.tensor(bounds)))
+
+
 class Decoder(nn.Module):
     """A causal language model over packed documents: no padding, positions and attention restart with each document."""
 
@@ -132,21 +138,31 @@ class Decoder(nn.Module):
     def gradient_checkpointing(self, wanted: bool) -> None:
         self.keeping = Keeping(0 if wanted else len(self.blocks))
 
-    def hidden(self, ids_T: Tensor, starts: Tensor) -> Tensor:
+    def hidden(self, ids_T: Tensor, starts: Tensor, prefix: tuple[int, Tensor] | None = None) -> Tensor:
         """Return the normed last hidden states `[T, H]` of packed documents.
 
         ids_T: int64 `[T]`, all documents one after the other; starts: int64 `[D + 1]`, 0 first and T last.
+        prefix: a number of blocks and the hidden states `[T, H]` after them, which are not computed then.
         """
-        bounds = [int(start) for start in starts]
-        return self._run(ids_T, Context(bounds, positions_of(torch.tensor(bounds))))
+        return self._run(ids_T, _context(starts), prefix)
 
-    def _run(self, ids_T: Tensor, context: Context) -> Tensor:
+    @torch.no_grad()
+    def prefix(self, ids_T: Tensor, starts: Tensor, blocks: int) -> Tensor:
+        """Return the hidden states `[T, H]` after the first so many blocks, without a gradient."""
+        context = _context(starts)
+        return self.keeping.run(list(self.blocks)[:blocks], self._embedded(ids_T, context), context, stream=self.stream)
+
+    def _embedded(self, ids_T: Tensor, context: Context) -> Tensor:
         hidden_TH: Tensor = self.embed(ids_T)
         if self.spec.embedding_scale != 1.0:
             hidden_TH = hidden_TH * self.spec.embedding_scale
         if self.positions is not None:
             hidden_TH = hidden_TH + self.positions(context.positions)
-        hidden_TH = self.keeping.run(list(self.blocks), hidden_TH, context, stream=self.stream)
+        return hidden_TH
+
+    def _run(self, ids_T: Tensor, context: Context, prefix: tuple[int, Tensor] | None = None) -> Tensor:
+        first, hidden_TH = prefix or (0, self._embedded(ids_T, context))
+        hidden_TH = self.keeping.run(list(self.blocks), hidden_TH, context, stream=self.stream, first=first)
         normed: Tensor = self.final_norm(hidden_TH)
         return normed
 

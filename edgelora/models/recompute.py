@@ -38,10 +38,12 @@ class Keeping:
     bits: int = 32
     file: Path | None = None
 
-    def run(self, blocks: Sequence[nn.Module], hidden: Tensor, *rest: Any, stream: Stream | None = None) -> Tensor:
-        """Return the hidden states after all blocks, each called with the hidden states and `rest`."""
+    def run(
+        self, blocks: Sequence[nn.Module], hidden: Tensor, *rest: Any, stream: Stream | None = None, first: int = 0
+    ) -> Tensor:
+        """Return the hidden states after all blocks from `first` on, each called with the hidden states and `rest`."""
         shelf = self.shelf(hidden)
-        for i, block in enumerate(blocks):
+        for i, block in enumerate(blocks[first:], first):
             hidden = self.block(block, _streamed(block, i, stream, rest), hidden, i, len(blocks), shelf)
         return hidden
 
