@@ -58,12 +58,14 @@ def plan(model: str, data: str, config: FinetuneConfig, *, probe: bool = True) -
     """
     import tempfile
 
+    from edgelora.adapters.initialize import refuse_combinations
     from edgelora.data.prepare import prepare
     from edgelora.models.source import open_model
     from edgelora.planner import make_planner
     from edgelora.train.loading import Stages, load_planned
     from edgelora.train.run import length_limit
 
+    refuse_combinations(config)
     source = open_model(model, trust_remote_code=config.trust_remote_code)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

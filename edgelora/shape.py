@@ -112,15 +112,15 @@ def layer_of(path: str) -> int | None:
 
 
 def targeted(shape: ModelShape, wanted: str, rank: int, ranks: Mapping[str, int] | None = None) -> tuple[tuple[str, int], ...]:
-    """Return (path, rank) of the layers that target modules name; `ranks` are those of layers with their own, by name.
+    """Return (path, rank) of the layers that target modules name; `ranks` are those of layers with their own, by pattern.
 
     Raises SettingsError for names that match nothing.
     """
-    from edgelora.adapters.inject import choose_targets, matches
+    from edgelora.adapters.initialize import from_pattern
+    from edgelora.adapters.inject import choose_targets
 
     paths = choose_targets([path for path, _, _ in shape.linears], wanted)
-    own = ranks or {}
-    return tuple((path, next((own[name] for name in own if matches(path, name)), rank)) for path in paths)
+    return tuple((path, from_pattern(ranks or {}, path, rank)) for path in paths)
 
 
 def _merged_bytes(source: ModelSource) -> int | None:
