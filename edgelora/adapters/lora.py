@@ -193,21 +193,22 @@ class LoRA(nn.Module):
             return False
         return not self.enabled or (self.lora_magnitude_vector is None and not (self.dropout and self.training))
 
+    @property
+    def apart(self) -> bool:
+        """Whether s·BA is added to the frozen layer's product, and is not part of the weight, as it is on the grid."""
+        return not self.enabled or self.grid is None
+
     def trained(self) -> Factors | None:
         """Return the parameters themselves, as what is trained, unless the adapter is switched off."""
         return Factors(self.lora_A, self.lora_B, self.scale) if self.enabled else None
 
     @torch.no_grad()
     def fill(self, rows: Tensor) -> None:
-        """Write the weight that acts, W0 + s·BA or Q(W0 + s·BA), to `rows` `[N, row_elements]` of an unpacking buffer."""
-        if not self.enabled:
+        """Write the frozen weight, or on the grid Q(W0 + s·BA), to `rows` `[N, row_elements]` of an unpacking buffer."""
+        if self.apart:
             self.base.fill(rows)
-        elif self.grid is not None:
-            dequantize(self.rounded(), rows)
         else:
-            self.base.fill(rows)
-            factors = self.factors
-            rows[:, : self.in_features].addmm_(factors.b, factors.a, alpha=factors.scale)
+            dequantize(self.rounded(), rows)
 
     def _rescale(self, base_TN: Tensor, low_TR: Tensor, magnitude_N: Tensor) -> Tensor:
         """DoRA: (x W0ᵀ + s·x AᵀBᵀ) · m / ‖W0 + s·BA‖ + bias, the norm taken as a constant (the paper's section 4.3)."""

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from edgelora.models import gemm
 from edgelora.models.linear import FrozenWeight
 
-TILE_ROWS = 8192  # rows of the head unpacked at once
-TILE_LOGITS = 1 << 21  # logits at once: 8 MB
+TILE_ROWS = 2048  # rows of the head unpacked at once: with their logits they stay in a processor's cache
+TILE_LOGITS = 1 << 20  # logits at once: 4 MB
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Head:
             yield start, self.weight.tile(start, min(start + TILE_ROWS, rows))
 
     def _logits(self, hidden_SH: Tensor, weight_VH: Tensor) -> Tensor:
-        return self._finish(hidden_SH @ weight_VH.T)
+        return self._finish(gemm.linear(hidden_SH, weight_VH))
 
     def _finish(self, logits: Tensor) -> Tensor:
         """Scale and cap raw logits in place."""
@@ -106,8 +107,9 @@ def _online(hidden_SH: Tensor, targets_S: Tensor, head: Head, *, with_gradient: 
             total[part] = total[part] * shrink + odds.sum(-1, keepdim=True)
             maximum[part] = higher
             if with_gradient:
-                odds.mul_(slope)
-                pulled[part].mul_(shrink).addmm_(odds, weight_VH)
+                if not isinstance(slope, float) or slope != 1.0:
+                    odds.mul_(slope)
+                pulled[part].mul_(shrink).add_(gemm.linear(odds, weight_VH.t()))
     rows_SH = head.weight.rows(targets_S)
     target = head._finish((hidden_SH * rows_SH).sum(-1, keepdim=True))
     loss = (total.log() + maximum - target).sum()

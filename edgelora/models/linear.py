@@ -211,8 +211,17 @@ class FrozenLinear(nn.Module):
     def in_weight_space(self) -> bool:
         return True
 
+    @property
+    def apart(self) -> bool:
+        return True
+
+    @property
+    def factors(self) -> Any:
+        """How its adapter acts: it has none."""
+        raise NotImplementedError
+
     def trained(self) -> None:
-        """Return the adapter: there is none."""
+        """Return the parameters of its adapter: there is none."""
 
     def fill(self, rows: Tensor) -> None:
         """Write the weight to `rows` `[N, row_elements]` of an unpacking buffer."""

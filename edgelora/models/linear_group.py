@@ -1,17 +1,20 @@
 """Linear layers on the same input as one product: the heart of the engine, forward and backward.
 
-    y = f(x) Wᵀ + b [+ residual]        W = [W_1; W_2; …], each W_i = W0_i + s_i·B_i A_i, or rounded to the grid that ships
+    y = h Wᵀ + (h Aᵀ) (sB)ᵀ + b [+ residual]        h = f(x)        W = [W_1; W_2; …]
 
-The weights of all members are unpacked into the process's one scratch buffer, the adapters are added there (weight space), one
-product follows, and the buffer is free again. Only x is kept for backward: f (a norm or an activation) is computed again.
-For a gradient g of y, with h = f(x) (LoRA, arXiv 2106.09685, by the chain rule; rounding straight-through, 1308.3432):
+The frozen weights of all members are unpacked into the process's one scratch buffer, one product follows, and the buffer is
+free again; the adapters' A are stacked, and their s·B put on the diagonal of one matrix. A member on the grid that ships is
+unpacked as Q(W0 + s·BA) instead, and its adapter adds nothing more. Kept for backward are x and the few columns of l = h Aᵀ;
+f (a norm or an activation) is computed again. For a gradient g of y (LoRA, arXiv 2106.09685, by the chain rule; the gradient of
+rounding taken as 1, 1308.3432):
 
-    dh = g W        dB_i = s_i·g_iᵀ (h A_iᵀ)        dA_i = s_i·(g_i B_i)ᵀ h
+    dh = g W + (g sB) A        dA = (g sB)ᵀ h        dB = s·gᵀ l
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import torch
@@ -23,7 +26,7 @@ from edgelora.models.linear import FrozenLinear, joined, scratch
 from edgelora.quant.grid import QuantizedTensor, dequantize
 
 
-class Trained(Protocol):
+class Factors(Protocol):
     """An adapter's tensors: A `[r, K]`, B `[N, r]`, and the scale of B A."""
 
     @property
@@ -35,14 +38,32 @@ class Trained(Protocol):
 
 
 class Member(Protocol):
-    """What a group needs of a layer; FrozenLinear and LoRA are members."""
+    """What a group needs of a layer; FrozenLinear and LoRA are members.
+
+    trained: the parameters, None without an adapter. factors: how they act; their first rows and columns are the parameters.
+    apart: whether the adapter's product is added to the weight's, and not part of the weight that `fill` writes.
+    """
 
     @property
     def frozen(self) -> FrozenLinear: ...
     @property
     def in_weight_space(self) -> bool: ...
-    def trained(self) -> Trained | None: ...
+    @property
+    def apart(self) -> bool: ...
+    @property
+    def factors(self) -> Factors: ...
+    def trained(self) -> Factors | None: ...
     def fill(self, rows: Tensor) -> None: ...
+
+
+@dataclass(frozen=True)
+class Stacked:
+    """The adapters of a group as one: a `[R, K]`, scaled_b `[N, R]` with each adapter's own rows and columns."""
+
+    a: Tensor
+    scaled_b: Tensor
+    parts: tuple[tuple[slice, slice, int, float], ...]  # of each adapter: rows, columns, trained rank, scale
+    acting: Tensor | None  # scaled_b without the adapters that are in the weight already; None if all of them are
 
 
 class LinearGroup:
@@ -65,24 +86,64 @@ class LinearGroup:
     def in_weight_space(self) -> bool:
         return all(member.in_weight_space for member in self.members)
 
-    def trained(self) -> list[tuple[slice, Trained]]:
-        """Return (rows of the group's weight, adapter) of the members whose adapter is switched on."""
-        found = [(slice(*self.starts[i : i + 2]), member.trained()) for i, member in enumerate(self.members)]
-        return [(rows, adapter) for rows, adapter in found if adapter is not None]
+    def trained(self) -> list[tuple[slice, Member, Factors]]:
+        """Return rows of the group's weight, layer and parameters of the adapters that are switched on."""
+        found = [(slice(*self.starts[i : i + 2]), member, member.trained()) for i, member in enumerate(self.members)]
+        return [(rows, member, parameters) for rows, member, parameters in found if parameters is not None]
+
+    @torch.no_grad()
+    def add_adapters(self, h_TK: Tensor, y_TN: Tensor) -> Tensor:
+        """Add s·(h Aᵀ) Bᵀ of the adapters that are apart from the weight to y; return all columns of h Aᵀ, `[T, R]`."""
+        trained = self.trained()
+        if not trained:
+            return h_TK.new_empty(0)
+        acting = [member.factors for _, member, _ in trained]
+        low_TR = gemm.linear(h_TK, acting[0].a if len(acting) == 1 else torch.cat([factors.a for factors in acting]))
+        start = 0
+        for (rows, member, _), factors in zip(trained, acting, strict=True):
+            stop = start + factors.a.shape[0]
+            if member.apart:
+                y_TN[:, rows].addmm_(low_TR[:, start:stop], factors.b.t(), alpha=factors.scale)
+            start = stop
+        return low_TR
+
+    @torch.no_grad()
+    def stacked(self) -> Stacked | None:
+        trained = self.trained()
+        if not trained:
+            return None
+        acting = [member.factors for _, member, _ in trained]
+        width = sum(factors.a.shape[0] for factors in acting)
+        a = acting[0].a if len(acting) == 1 else torch.cat([factors.a for factors in acting])
+        scaled_b = torch.zeros(self.starts[-1], width)
+        parts, start, apart = [], 0, []
+        for (rows, member, parameters), factors in zip(trained, acting, strict=True):
+            columns = slice(start, start + factors.a.shape[0])
+            torch.mul(factors.b, factors.scale, out=scaled_b[rows, columns])
+            parts.append((rows, columns, parameters.a.shape[0], parameters.scale))
+            apart.append(member.apart)
+            start = columns.stop
+        if all(apart) or not any(apart):
+            return Stacked(a, scaled_b, tuple(parts), scaled_b if all(apart) else None)
+        only = scaled_b.clone()
+        for (_, columns, _, _), counts in zip(parts, apart, strict=True):
+            only[:, columns].mul_(counts)
+        return Stacked(a, scaled_b, tuple(parts), only)
 
     def weight(self) -> Tensor:
-        """Return fp32 `[N, K]` as it acts now: the frozen tensor itself, or in the scratch buffer until its next use."""
-        if isinstance(self.whole, Tensor) and self.whole.dtype == torch.float32 and not self.trained():
+        """Return fp32 `[N, K]` without what is apart: the frozen tensor itself, or in the scratch buffer until its next use."""
+        frozen = all(member.apart for member in self.members)
+        if frozen and isinstance(self.whole, Tensor) and self.whole.dtype == torch.float32:
             return self.whole
-        out = scratch(self.starts[-1] * self.row).view(-1)[: self.starts[-1] * self.row].view(-1, self.row)
-        if isinstance(self.whole, QuantizedTensor) and all(member.frozen is member for member in self.members):
+        out = scratch(self.starts[-1] * self.row)[: self.starts[-1] * self.row].view(-1, self.row)
+        if frozen and isinstance(self.whole, QuantizedTensor):
             return dequantize(self.whole, out)
         for i, member in enumerate(self.members):
             member.fill(out[self.starts[i] : self.starts[i + 1]])
         return out[:, : self.num_inputs]
 
     def parameters(self) -> list[Tensor]:
-        return [tensor for _, adapter in self.trained() for tensor in (adapter.a, adapter.b)]
+        return [tensor for _, _, parameters in self.trained() for tensor in (parameters.a, parameters.b)]
 
 
 class _Linears(torch.autograd.Function):
@@ -92,60 +153,45 @@ class _Linears(torch.autograd.Function):
     ) -> Tensor:
         h, stats = (x, ()) if f is None else f.compute(x)
         y = gemm.linear(h, group.weight())
+        low_TR = group.add_adapters(h, y)
         if group.bias is not None:
             y.add_(group.bias)
-        ctx.group, ctx.f, ctx.scale, ctx.adapters = group, f, scale, group.trained()
-        ctx.save_for_backward(x, *stats)
+        ctx.group, ctx.f, ctx.scale = group, f, scale
+        ctx.save_for_backward(x, low_TR, *stats)
         return y if residual is None else torch.add(residual, y, alpha=scale, out=y)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        x, *stats = ctx.saved_tensors
-        outer, f = grads[0], ctx.f
+        x, low_TR, *stats = ctx.saved_tensors
+        group, f, outer = ctx.group, ctx.f, grads[0]
+        wants_x, wants_residual = ctx.needs_input_grad[:2]
         grad = outer if ctx.scale == 1.0 else outer * ctx.scale
-        dx = gemm.linear(grad, ctx.group.weight().t()) if ctx.needs_input_grad[0] else None
-        trained: list[Tensor] = []
-        if ctx.adapters:
-            h = x if f is None else f.compute(x)[0]
-            trained = adapter_gradients(ctx.adapters, grad, h)
-            del h
+        dx = gemm.linear(grad, group.weight().t()) if wants_x else None
+        stacked, trained = group.stacked(), []
+        if stacked is not None:
+            pulled_TR = gemm.linear(grad, stacked.scaled_b.t())
+            trained = adapter_gradients(stacked, pulled_TR, low_TR, grad, x if f is None else f.compute(x)[0])
+            if dx is not None and stacked.acting is not None:
+                if stacked.acting is not stacked.scaled_b:
+                    pulled_TR = gemm.linear(grad, stacked.acting.t())
+                dx.addmm_(pulled_TR, stacked.a)
         if dx is not None and f is not None:
             dx = f.gradient(dx, x, *stats)
-        return dx, outer if ctx.needs_input_grad[1] else None, None, None, None, *trained
+        return dx, outer if wants_residual else None, None, None, None, *trained
 
 
-def adapter_gradients(adapters: Sequence[tuple[slice, Trained]], grad_TN: Tensor, h_TK: Tensor) -> list[Tensor]:
-    """Return dA, dB of each adapter in turn.
+def adapter_gradients(stacked: Stacked, pulled_TR: Tensor, low_TR: Tensor, grad_TN: Tensor, h_TK: Tensor) -> list[Tensor]:
+    """Return dA, dB of each adapter in turn; `pulled` is g sB, `low` h Aᵀ.
 
-    The adapters' A are stacked to one `[R, K]` and their B put on the diagonal of one `[N, R]`, R the sum of the ranks: three
-    products for all of them, each one pass over g or h, which is what products with so few columns cost.
+    The transposed operands keep these products, which have few rows, as fast as reading g and h once.
     """
-    if len(adapters) == 1:
-        rows, adapter = adapters[0]
-        a, b = adapter.a, adapter.b
-        g = grad_TN if rows == slice(0, grad_TN.shape[1]) else grad_TN[:, rows].contiguous()
-    else:
-        g = grad_TN
-        a = torch.cat([adapter.a for _, adapter in adapters])
-        b = torch.zeros(grad_TN.shape[1], a.shape[0])
-        _on_diagonal(adapters, b)
-    low_TR = gemm.linear(h_TK, a)
-    db_RN = gemm.linear(low_TR.t(), g.t())
-    da_RK = gemm.linear(gemm.linear(g, b.t()).t(), h_TK.t())
-    found, start = [], 0
-    for rows, adapter in adapters:
-        part = slice(start, start + adapter.a.shape[0])
-        columns = slice(None) if len(adapters) == 1 else rows
-        found += [da_RK[part] * adapter.scale, (db_RN[part, columns] * adapter.scale).t().contiguous()]
-        start = part.stop
+    da_RK = gemm.linear(pulled_TR.t(), h_TK.t())
+    db_RN = gemm.linear(low_TR.t(), grad_TN.t())
+    found = []
+    for rows, columns, rank, scale in stacked.parts:
+        own = slice(columns.start, columns.start + rank)
+        found += [da_RK[own], (db_RN[own, rows] * scale).t().contiguous()]
     return found
-
-
-def _on_diagonal(adapters: Sequence[tuple[slice, Trained]], out_NR: Tensor) -> None:
-    start = 0
-    for rows, adapter in adapters:
-        out_NR[rows, start : start + adapter.a.shape[0]] = adapter.b.detach()
-        start += adapter.a.shape[0]
 
 
 def linears(

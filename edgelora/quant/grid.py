@@ -61,7 +61,8 @@ def quantize(weight_NK: Tensor, bits: int, block_size: int) -> QuantizedTensor:
 def choose_scales(weight_NK: Tensor, bits: int, block_size: int) -> Tensor:
     """Return the scales fp32 `[N, ceil(K / block_size)]` for a weight `[N, K]`; a block of zeros gets 1."""
     blocks = to_blocks(weight_NK.float(), block_size)
-    extreme = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)).squeeze(-1)
+    low, high = blocks.aminmax(dim=-1)
+    extreme = torch.where(high > -low, high, low)
     scales = (extreme / -(2 ** (bits - 1))).bfloat16().float()
     return torch.where(scales == 0, torch.ones_like(scales), scales)
 
@@ -80,15 +81,31 @@ def dequantize(tensor: QuantizedTensor, out: Tensor | None = None) -> Tensor:
     if out is None:
         out = torch.empty(num_outputs * num_blocks * tensor.block_size)
     blocks = out.view(-1)[: num_outputs * num_blocks * tensor.block_size].view(num_outputs, num_blocks, -1)
-    if tensor.bits == 4:
-        # A byte 0xHL becomes the 16-bit number 0x0H0L, in memory the bytes L, H: the codes in their order. 25% faster
-        # than writing even and odd places one after the other (0.15 against 0.20 ms for 1536 × 576).
-        pairs = tensor.codes.to(torch.int16)
-        blocks.copy_(pairs.bitwise_or_(pairs << 4).bitwise_and_(0x0F0F).view(torch.uint8))
-    else:
-        blocks.copy_(tensor.codes if tensor.bits == 8 else unpack(tensor.codes, tensor.bits))
-    blocks.sub_(2 ** (tensor.bits - 1)).mul_(tensor.scales.unsqueeze(-1))
+    blocks.copy_(_signed(tensor)).mul_(tensor.scales.unsqueeze(-1))
     return blocks.view(num_outputs, -1)[:, : tensor.num_inputs]
+
+
+_bytes = torch.empty(0, dtype=torch.int8)
+
+
+def _signed(tensor: QuantizedTensor) -> Tensor:
+    """Return the codes minus the zero point, int8 `[N, blocks, block_size]`, in a buffer that lives until the next call.
+
+    As long as numbers are bytes, a pass over them costs a quarter of what it costs in fp32, so all but the scaling is done there.
+    """
+    global _bytes
+    codes = tensor.codes
+    size = {4: 4, 8: 1}.get(tensor.bits, 0) * codes.numel()
+    if _bytes.numel() < size:
+        _bytes = torch.empty(size, dtype=torch.int8)
+    if tensor.bits == 4:
+        # A byte 0xHL becomes the 16-bit number 0x0H0L, in memory the bytes L, H: the codes in their order.
+        pairs, moved = (half.view(torch.int16).view(codes.shape) for half in _bytes[:size].chunk(2))
+        torch.bitwise_left_shift(pairs.copy_(codes), 4, out=moved)
+        return pairs.bitwise_or_(moved).bitwise_and_(0x0F0F).view(torch.int8).sub_(8)
+    if tensor.bits == 8:
+        return torch.bitwise_xor(codes.view(torch.int8), -128, out=_bytes[:size].view(codes.shape))
+    return unpack(codes, tensor.bits).view(torch.int8).sub_(2 ** (tensor.bits - 1))
 
 
 def to_blocks(weight_NK: Tensor, block_size: int) -> Tensor:
