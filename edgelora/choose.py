@@ -117,11 +117,16 @@ def candidates(situation: Situation, line: Line) -> Iterator[Settings]:
     from edgelora.quant.bits import PRECISION_BITS
     from edgelora.tasks import get_task
     from edgelora.train import on_grid
+    from edgelora.train.targets import target_modules
 
     config, shape, chosen = situation.config, situation.shape, get_task(situation.task)
-    targets = targeted(shape, config.target_modules or chosen.target_modules, config.rank, config.rank_pattern)
+    wanted = target_modules([path for path, _, _ in shape.linears], config, situation.task)
+    targets = targeted(shape, wanted, config.rank, config.rank_pattern)
     optimizer_bits = config.optimizer_bits or line.optimizer_bits
-    kept = 0 if config.gradient_checkpointing else shape.layers
+    if line.stream and (shape.encoder or shape.merged_bytes is not None):
+        return  # decoders alone are streamed, from a file that is made for it
+    # A kept block's weights would come back in backward and stay.
+    kept = 0 if config.gradient_checkpointing or line.stream else shape.layers
     for bits in base_bits(shape, config):
         rounded = PRECISION_BITS[config.precision] if on_grid.applies(config, bits) else None
         loses_grid = config.base_bits is None and rounded is None and any(on_grid.applies(config, other) for other in ALL_BITS)
@@ -159,8 +164,10 @@ def least(situation: Situation) -> Choice:
     found = []
     for line in (line for allowed in lines(situation.config) for line in allowed):
         for settings in candidates(situation, line):
-            all_kept = situation.config.gradient_checkpointing is False
-            found.append(situation.judge(settings if all_kept else dataclasses.replace(settings, kept_blocks=0)))
+            # The last block is whole in memory anyway when its backward comes: to keep it alone is the least.
+            fewest = {None: min(1, settings.kept_blocks), True: 0, False: settings.kept_blocks}
+            kept = fewest[situation.config.gradient_checkpointing]
+            found.append(situation.judge(dataclasses.replace(settings, kept_blocks=kept)))
     return min(found, key=lambda choice: (choice.peak, choice.seconds))
 
 

@@ -33,7 +33,8 @@ class Plan:
     matmul: str  # the library of matrix products, models/gemm.py
     max_length: int
     predicted_peak_mb: float
-    scoring_mb: float  # what scoring and generating may take beside what is resident, without setting the peak
+    scoring_tokens: int  # computed at once while rows are scored, so that it does not set the peak
+    cache_mb: float  # for keys and values while answers are generated, likewise
     seconds: float  # of the training steps
     total_seconds: float  # with validation, and scoring base and adapter for the closing table
     budget_mb: float
@@ -42,12 +43,16 @@ class Plan:
     parts: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def keeping(self, folder: Path | None = None) -> Keeping:
+    def keeping(self, folder: Path) -> Keeping:
         """Return what the model keeps for backward; a scratch file would be in `folder`."""
         from edgelora.models.recompute import Keeping
 
-        file = folder / "kept.bin" if self.keep_in_file and folder is not None else None
-        return Keeping(self.kept_blocks, self.keep_bits, file)
+        return Keeping(self.kept_blocks, self.keep_bits, self.kept_file(folder) if self.keep_in_file else None)
+
+    @staticmethod
+    def kept_file(folder: Path) -> Path:
+        """Return the scratch file of a run folder."""
+        return folder / "kept.bin"
 
 
 def plan(model: str, data: str, config: FinetuneConfig, *, probe: bool = True) -> dict[str, Any]:

@@ -66,7 +66,7 @@ class Planner:
         situation, settings, work = self.situation, chosen.settings, self.situation.work
         seconds = self.rate * chosen.seconds
         score, generate = closing_seconds(situation, settings, self.supervised)
-        free = ("adapters and optimizer", "activations", "unpacking buffer", "loading, above that")
+        tokens, cache = scoring_limits(situation.shape, chosen.parts["activations"])
         return Plan(
             base_bits=settings.base_bits,
             micro_batch=settings.micro_batch,
@@ -79,9 +79,8 @@ class Planner:
             matmul=self.matmul,
             max_length=self.limit,
             predicted_peak_mb=round(chosen.peak / MB, 1),
-            scoring_mb=round(
-                (sum(chosen.parts[name] for name in free) - costs.trained_bytes(situation.shape, settings)) / MB, 1
-            ),
+            scoring_tokens=tokens,
+            cache_mb=round(cache / MB, 1),
             seconds=round(seconds, 1),
             total_seconds=round(seconds + self.rate * ((2 + max(1, situation.config.evaluations)) * score + 2 * generate), 1),
             budget_mb=round(self.budget / MB, 1),
@@ -205,6 +204,16 @@ def closing_seconds(situation: Situation, settings: Settings, supervised: float)
     score = speed.scoring_seconds(shape, settings, rows * length, rows * answer)
     writes = not shape.encoder and answer <= SHORT_ANSWER / 2
     return score, speed.generating_seconds(shape, settings, rows, 2 * answer) if writes else 0.0
+
+
+def scoring_limits(shape: ModelShape, free: int) -> tuple[int, int]:
+    """Return the tokens to score at once and the bytes for keys and values while generating, within `free` bytes.
+
+    A quarter of them stays for what varies: rows are scored whole, and one prompt has its cache whatever it takes.
+    """
+    per_token = costs.FP32 * (3 * shape.hidden + 2 * shape.queries + 4 * shape.keys + (2 + shape.gated) * shape.inner)
+    tokens = min(512, max(64, free // 4 // per_token))
+    return tokens, min(64 * MB, max(4 * MB, 3 * free // 4 - tokens * per_token))
 
 
 def too_little(least: Choice, budget: int, config: FinetuneConfig) -> MachineError:

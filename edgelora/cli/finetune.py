@@ -48,5 +48,6 @@ def summary(result: dict[str, Any]) -> dict[str, str]:
     speed = result.get("tokens_per_s")
     return {
         "steps": f"{result['steps']:,}, {result['tokens']:,} tokens" + (f", {speed:,.0f} tokens/s" if speed else ""),
-        "peak memory": f"{result['peak_rss_mb']:,.0f} MB, predicted {result['predicted_peak_mb']:,.0f} MB",
+        "peak memory": f"{result['peak_rss_mb']:,.0f} MB, predicted {result['predicted_peak_mb']:,.0f} MB "
+        f"({result['peak_error']:+.1%})",
     }

