@@ -45,6 +45,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=at_least_one, default=3, help="rounds of the speed part; default: 3")
     parser.add_argument("--curve-steps", type=at_least_one, default=40, help="default: 40")
     parser.add_argument("--precision", type=lambda text: text.split(","), default=["fp32", "int4"], help="default: fp32,int4")
+    parser.add_argument("--valid-rows", type=at_least_one, default=4, help="rows of our closing table; default: 4")
     parser.add_argument("--no-bisect", action="store_true", help="cgroup: the model's own limit alone")
     parser.add_argument("--threads", type=at_least_one, default=hardware.physical_cores(), help="default: the physical cores")
     parser.add_argument("--work", type=lambda text: Path(text).resolve(), metavar="FOLDER",
@@ -91,7 +92,7 @@ def peer_budgets(bench: Bench, results: Results) -> list[int | None]:
 def measure(arguments: argparse.Namespace, results: Results) -> None:
     named, planned = arguments.model or ["smollm2"], arguments.model or list(PLANNED)
     work = arguments.work
-    first = Bench(work, arguments.data, arguments.steps, arguments.repeats, arguments.threads)
+    first = Bench(work, arguments.data, arguments.steps, arguments.repeats, arguments.threads, arguments.valid_rows)
 
     def each(names: list[str], do: Callable[[Bench], Any]) -> list[Any]:
         return [do(dataclasses.replace(first, model=name)) for name in names]

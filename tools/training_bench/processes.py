@@ -77,7 +77,8 @@ def run(command: list[str], *, environment: dict[str, str] | None = None, timeou
         result = last_object(out.read()) if code == 0 else {}
         message = "" if code == 0 else ending(err.read().decode(errors="replace"))
     anonymous = peaks["anonymous"] if peaks["anonymous"] else None
-    peak = max(used[0], peaks["largest"])
+    # Linux starts a child's own high-water mark at its parent's: it is the last resort.
+    peak = max(peaks["largest"], float(result.get("peak_rss_mb") or 0.0)) or used[0]
     return Measured(command, code, seconds, peak, max(peaks["tree"], peak), anonymous, max(0.0, others), message, result)
 
 

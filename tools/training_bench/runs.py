@@ -27,7 +27,7 @@ class Bench:
     steps: int
     repeats: int
     threads: int
-    valid_rows: int = 8
+    valid_rows: int = 4
     model: str = "smollm2"
 
     def run_folder(self, name: str) -> Path:
