@@ -160,14 +160,14 @@ class _Unpad(torch.autograd.Function):
     """Attention's output `[padded, W]` at the real tokens, `[T, W]`; padding gets no gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layout: Layout) -> Tensor:
-        ctx.layout, ctx.size = layout, x.shape[0]
-        return x.index_select(0, layout.back)
+    def forward(ctx: Any, x: Tensor, back: Tensor) -> Tensor:
+        ctx.back, ctx.size = back, x.shape[0]
+        return x.index_select(0, back)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         grad = grads[0].new_zeros(ctx.size, grads[0].shape[1])
-        return grad.index_copy_(0, ctx.layout.back, grads[0]), None
+        return grad.index_copy_(0, ctx.back, grads[0]), None
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -211,7 +211,7 @@ def attend_packed(q: Tensor, k: Tensor, v: Tensor, rope: Rope | None, context: C
     padded = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     if layout.back is None:
         return padded
-    out: Tensor = _Unpad.apply(padded, layout)  # type: ignore[no-untyped-call]
+    out: Tensor = _Unpad.apply(padded, layout.back)  # type: ignore[no-untyped-call]
     return out
 
 

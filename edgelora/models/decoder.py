@@ -53,7 +53,7 @@ class Block(nn.Module):
         """Return the layers of these roles, which have the same input, as one."""
         members = [self.linears[role] for role in roles]
         known = self._groups.get(roles)
-        if known is None or any(a is not b for a, b in zip(known.members, members, strict=True)):
+        if known is None or known.modules != members:
             known = self._groups[roles] = LinearGroup(members)
         return known
 
@@ -90,7 +90,7 @@ class Block(nn.Module):
         q_norm, k_norm = self._norm("q_norm"), self._norm("k_norm")
         if spec.qk_norm == "full" and q_norm is not None and k_norm is not None:
             q, k = q_norm(q), k_norm(k)
-        q, k, v = (x.unflatten(-1, (-1, spec.head_dim)) for x in (q, k, v))
+        q, k, v = (x.view(x.shape[0], -1, spec.head_dim) for x in (q, k, v))
         if spec.qk_norm == "head" and q_norm is not None and k_norm is not None:
             q, k = q_norm(q), k_norm(k)
         return q, k, v

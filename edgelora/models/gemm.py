@@ -21,7 +21,8 @@ _library = BLAS
 
 
 def has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    available = bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+    return available and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 def use(library: str) -> None:
@@ -52,8 +53,8 @@ def rate(library: str, tokens: int, outputs: int, inputs: int, seconds: float) -
     """Return the best GFLOP/s of x Wᵀ and of g W, x `[tokens, inputs]`, W `[outputs, inputs]`, in about so many seconds."""
     use(library)
     x, w, g = torch.ones(tokens, inputs), torch.ones(outputs, inputs), torch.ones(tokens, outputs)
-    best = min(_fastest(lambda: linear(x, w), seconds / 2) + _fastest(lambda: linear(g, w.t()), seconds / 2) for _ in range(1))
-    return 4.0 * tokens * outputs * inputs / best / 1e9
+    both = _fastest(lambda: linear(x, w), seconds / 2) + _fastest(lambda: linear(g, w.t()), seconds / 2)
+    return 4.0 * tokens * outputs * inputs / both / 1e9
 
 
 def linear(x_TK: Tensor, w_NK: Tensor) -> Tensor:

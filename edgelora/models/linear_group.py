@@ -70,6 +70,7 @@ class LinearGroup:
     """Layers on the same input, whose outputs lie side by side in the order of `members`."""
 
     def __init__(self, members: Sequence[nn.Module]) -> None:
+        self.modules = list(members)
         self.members = [cast(Member, member) for member in members]
         self.frozen = [member.frozen for member in self.members]
         sizes = [layer.out_features for layer in self.frozen]
@@ -205,6 +206,6 @@ def linears(
         y: Tensor = _Linears.apply(x, residual, group, f, scale, *group.parameters())  # type: ignore[no-untyped-call]
         return y
     h = x if f is None else elementwise.apply(f, x)
-    outputs = [cast(nn.Module, member)(h) for member in group.members]
+    outputs = [module(h) for module in group.modules]
     y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
     return y if residual is None else torch.add(residual, y, alpha=scale)

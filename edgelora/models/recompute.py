@@ -100,7 +100,7 @@ class Shelf:
         if self.file is None:
             return stored
         self.file.seek(place * stored.nbytes)
-        self.file.write(memoryview(stored.contiguous().view(torch.uint8).numpy()))
+        self.file.write(_bytes(stored))
         return place
 
     def take(self, ticket: Tensor | int) -> Tensor:
@@ -109,8 +109,12 @@ class Shelf:
         assert self.file is not None
         stored = torch.empty(self.shape, dtype=self.dtype)
         self.file.seek(ticket * stored.nbytes)
-        self.file.readinto(memoryview(stored.view(torch.uint8).numpy()))
+        self.file.readinto(_bytes(stored))
         return stored.float()
+
+
+def _bytes(x: Tensor) -> Any:
+    return x.contiguous().view(torch.uint8).numpy().reshape(-1).data
 
 
 @dataclass
@@ -180,7 +184,7 @@ class _Bf16(saved_tensors_hooks):
         self._kept = kept
 
     def __exit__(self, *arguments: object) -> None:
-        super().__exit__(*arguments)  # type: ignore[no-untyped-call]
+        super().__exit__(*arguments)
         self._kept.clear()
 
 

@@ -91,7 +91,7 @@ _bytes = torch.empty(0, dtype=torch.int8)
 def _signed(tensor: QuantizedTensor) -> Tensor:
     """Return the codes minus the zero point, int8 `[N, blocks, block_size]`, in a buffer that lives until the next call.
 
-    As long as numbers are bytes, a pass over them costs a quarter of what it costs in fp32, so all but the scaling is done there.
+    As long as numbers are bytes, a pass over them costs a quarter of one in fp32, so all but the scaling is done there.
     """
     global _bytes
     codes = tensor.codes
