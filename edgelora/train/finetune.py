@@ -12,6 +12,7 @@ import numpy as np
 
 from edgelora import console, folder, hardware
 from edgelora.adapters import inject, peft_format
+from edgelora.adapters.initialize import refuse_combinations
 from edgelora.config import FinetuneConfig
 from edgelora.data.prepare import Prepared, prepare
 from edgelora.data.store import Store
@@ -26,6 +27,7 @@ from edgelora.train.batches import Schedule
 from edgelora.train.checkpoint import State
 from edgelora.train.loading import Stages, load, load_planned, round_as_shipped
 from edgelora.train.loop import Job, Trainer
+from edgelora.train.observe import observe
 from edgelora.train.run import DATA, Run, copy_model_files, length_limit
 
 if TYPE_CHECKING:
@@ -64,6 +66,7 @@ def finetune(
 
 def start(out: Path, source: ModelSource, data: str, config: FinetuneConfig, stages: Stages) -> tuple[Run, Model]:
     """Prepare rows, plan and model, then put the new run folder in its place: what is refused leaves nothing behind."""
+    refuse_combinations(config)
     staging = out.with_name(f".{out.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
@@ -133,6 +136,8 @@ class Training:
             console.say(f"resumed after step {trainer.state.step} of {trainer.job.num_steps}")
         else:
             self.show_plan(trainer.job.num_steps)
+            with self.stages.time("observe"):
+                observe(trainer.job)
         if not trainer.state.base:
             console.say(f"scoring the base model on {len(self.valid)} validation rows")
             with self.stages.time("base"), inject.switched_off(self.model):
