@@ -20,7 +20,8 @@ def scratch(num_elements: int) -> Tensor:
     """Return the process's one fp32 buffer, grown to at least `num_elements`. Its content lives until the next call."""
     global _scratch
     if _scratch.numel() < num_elements:
-        _scratch = torch.empty(num_elements)
+        with torch.inference_mode(False):  # a merge may ask first: what it gets in inference mode, training may not write
+            _scratch = torch.empty(num_elements)
     return _scratch
 
 
