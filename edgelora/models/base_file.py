@@ -105,6 +105,8 @@ def open_base(
     A file: for fewer bits than the source has; always if `streamed`. Memory: for more bits than the source has, and with a
     warning where the cache cannot be written. Raises MachineError if the disk is full.
     """
+    if not any(section.groups or section.tables for section in sections):
+        return source
     path = cache_folder() / f"{_key(source, sections, bits, block_size)}-{VERSION}{SUFFIX}"
     found = _open(path, source)
     if found is not None:
@@ -149,10 +151,10 @@ def _home(source: ModelSource, sections: Sequence[Section], bits: int) -> str:
     """Return where the weights best lie: "source", "file" or "memory"."""
     if source.merged is not None:
         return "source"
-    first = next(section for section in sections if section.groups)
-    if source.kind == "gguf" or first.transposed:  # unpacked or turned whenever they are read
+    if source.kind == "gguf" or any(section.transposed for section in sections):  # unpacked or turned whenever they are read
         return "file" if bits < 32 else "memory"
-    stored = 8 * stored_dtype(source, first.groups[0][0]).itemsize
+    paths = [path for section in sections for group in (*section.groups, section.tables) for path in group]
+    stored = 8 * stored_dtype(source, paths[-1]).itemsize
     return "source" if bits == stored else "file" if bits < stored else "memory"
 
 

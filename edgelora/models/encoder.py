@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from edgelora.errors import ModelError
+from edgelora.models.base_file import BaseWeights, open_base
+from edgelora.models.base_layout import Section
 from edgelora.models.linear import FrozenEmbedding, FrozenLinear, FrozenWeight
 from edgelora.models.recompute import Keeping, Shelf
 from edgelora.models.source import ModelSource
@@ -119,7 +122,8 @@ def load_encoder(source: ModelSource, *, base_bits: int, block_size: int, labels
     heads = head_modules(network)
     known = list((source.config.get("id2label") or {}).values())
     keep_head = not labels or known == list(labels)
-    _fill(network, source, base_bits, block_size, prefix, heads, keep_head=keep_head)
+    weights = open_base(source, encoder_sections(network, source, prefix, base_bits), base_bits, block_size)
+    _fill(network, weights, base_bits, block_size, prefix, heads, keep_head=keep_head)
     network.requires_grad_(False)
     for name, parameter in network.named_parameters():
         if name.startswith(tuple(f"{head}." for head in heads)):
@@ -166,8 +170,33 @@ def head_modules(network: Any) -> list[str]:
     return [name for name, child in children if name != network.base_model_prefix and any(True for _ in child.parameters())]
 
 
+def encoder_sections(network: Any, source: ModelSource, prefix: str, bits: int) -> list[Section]:
+    """Return the matrices of the base that `_fill` will quantize: the embedding, then the linear layers in their order."""
+    names = set(source.names())
+    tables: list[str] = []
+    layers: dict[str, list[str]] = {}
+    for path, module in network.named_modules():
+        name = f"{path}.weight"
+        if not path.startswith(prefix) or name not in names or source.shape(name) != tuple(module.weight.shape):
+            continue
+        if isinstance(module, nn.Linear):
+            number = re.search(r"\.\d+\.", path)
+            layers.setdefault(number[0] if number else "", []).append(path)
+        elif isinstance(module, nn.Embedding) and path.endswith(WORD_EMBEDDINGS) and bits < 32:
+            tables.append(path)
+    blocks = [Section(groups=tuple((path,) for path in paths), block=True) for paths in layers.values()]
+    return [Section(tables=tuple(tables)), *blocks]
+
+
 def _fill(
-    network: Any, source: ModelSource, bits: int, block_size: int, prefix: str, heads: list[str], *, keep_head: bool
+    network: Any,
+    source: ModelSource | BaseWeights,
+    bits: int,
+    block_size: int,
+    prefix: str,
+    heads: list[str],
+    *,
+    keep_head: bool,
 ) -> None:
     """Give every parameter its tensor, layer by layer; a base without its pooler gets a fresh, trained one."""
     names = set(source.names())
