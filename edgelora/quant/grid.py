@@ -80,9 +80,10 @@ def dequantize(tensor: QuantizedTensor, out: Tensor | None = None) -> Tensor:
     num_outputs, num_blocks = tensor.scales.shape
     if out is None:
         out = torch.empty(num_outputs * num_blocks * tensor.block_size)
-    blocks = out.view(-1)[: num_outputs * num_blocks * tensor.block_size].view(num_outputs, num_blocks, -1)
+    size = num_outputs, num_blocks, tensor.block_size
+    blocks = out.view(-1)[: num_outputs * num_blocks * tensor.block_size].view(size)
     blocks.copy_(_signed(tensor)).mul_(tensor.scales.unsqueeze(-1))
-    return blocks.view(num_outputs, -1)[:, : tensor.num_inputs]
+    return blocks.view(num_outputs, num_blocks * tensor.block_size)[:, : tensor.num_inputs]
 
 
 _bytes = torch.empty(0, dtype=torch.int8)
@@ -97,7 +98,8 @@ def _signed(tensor: QuantizedTensor) -> Tensor:
     codes = tensor.codes
     size = {4: 4, 8: 1}.get(tensor.bits, 0) * codes.numel()
     if _bytes.numel() < size:
-        _bytes = torch.empty(size, dtype=torch.int8)
+        with torch.inference_mode(False):  # a merge may come first: what is made in inference mode, training may not write
+            _bytes = torch.empty(size, dtype=torch.int8)
     if tensor.bits == 4:
         # A byte 0xHL becomes the 16-bit number 0x0H0L, in memory the bytes L, H: the codes in their order.
         pairs, moved = (half.view(torch.int16).view(codes.shape) for half in _bytes[:size].chunk(2))
