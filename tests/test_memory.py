@@ -64,7 +64,7 @@ def test_finetune_of_a_decoder_imports_nothing_it_does_not_need(tmp_path: Path) 
     assert sorted(modules.intersection(NOT_NEEDED)) == []
 
 
-def test_settle_keeps_freed_blocks_out_of_the_heap() -> None:
+def test_settle_with_a_low_threshold_keeps_freed_blocks_out_of_the_heap() -> None:
     """Without it, a freed block of 30 MB raises glibc's own threshold, and the next one stays in the heap for good."""
     code = """
 import ctypes, sys
@@ -79,7 +79,7 @@ for _ in range(3):
     libc.free(block)
 print(done, hardware.rss_mb())
 """
-    done, settled = child(code, EDGELORA_ALLOCATOR="").split()
+    done, settled = child(code, EDGELORA_ALLOCATOR="mmap_threshold=1048576,trim_threshold=1048576").split()
     off, left = child(code, EDGELORA_ALLOCATOR="off").split()
     assert off == "False"
     if done == "True":  # glibc
