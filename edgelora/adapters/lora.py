@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from edgelora.adapters.initialize import FROM_WEIGHT, INITIALIZATIONS, Start, from_pattern
+from edgelora.models.linear import write
 from edgelora.models.linear_group import LinearGroup, linears
-from edgelora.quant.grid import QuantizedTensor, dequantize, quantize
+from edgelora.quant.grid import QuantizedTensor, quantize
 
 if TYPE_CHECKING:
     from edgelora.config import FinetuneConfig
@@ -204,11 +205,11 @@ class LoRA(nn.Module):
 
     @torch.no_grad()
     def fill(self, rows: Tensor) -> None:
-        """Write the frozen weight, or on the grid Q(W0 + s·BA), to `rows` `[N, row_elements]` of an unpacking buffer."""
+        """Write the frozen weight, or on the grid Q(W0 + s·BA), to `rows` `[N, at least K]` of an unpacking buffer."""
         if self.apart:
             self.base.fill(rows)
         else:
-            dequantize(self.rounded(), rows)
+            write(self.rounded(), rows)
 
     def _rescale(self, base_TN: Tensor, low_TR: Tensor, magnitude_N: Tensor) -> Tensor:
         """DoRA: (x W0ᵀ + s·x AᵀBᵀ) · m / ‖W0 + s·BA‖ + bias, the norm taken as a constant (the paper's section 4.3)."""

@@ -64,11 +64,8 @@ class FrozenWeight:
         return unpacked(self.data, out)
 
     def fill(self, out: Tensor) -> None:
-        """Write the weight, in fp32, to the first K columns of `out` `[N, row_elements]`."""
-        if isinstance(self.data, QuantizedTensor):
-            dequantize(self.data, out)
-        else:
-            out[:, : self.shape[1]].copy_(self.data)
+        """Write the weight, in fp32, to the first K columns of `out` `[N, at least K]`."""
+        write(self.data, out)
 
     @property
     def row_elements(self) -> int:
@@ -82,7 +79,7 @@ class FrozenWeight:
         if isinstance(self.data, QuantizedTensor):
             flat = ids.reshape(-1)
             part = QuantizedTensor(self.data.codes[flat], self.data.scales[flat], *self._grid())
-            return dequantize(part).reshape(*ids.shape, -1)
+            return dequantize(part).reshape(*ids.shape, self.shape[1])
         return F.embedding(ids, self.data).float()
 
     def tile(self, start: int, stop: int) -> Tensor:
@@ -118,6 +115,14 @@ def unpacked(data: Tensor | QuantizedTensor, out: Tensor | None = None) -> Tenso
     if out is None:
         return data.float()
     return out.view(-1)[: data.numel()].view(data.shape).copy_(data)
+
+
+def write(data: Tensor | QuantizedTensor, rows: Tensor) -> None:
+    """Write a weight, in fp32, to the first K columns of `rows` `[N, at least K]`, contiguous."""
+    if isinstance(data, QuantizedTensor) and data.scales.shape[1] * data.block_size == rows.shape[1]:
+        dequantize(data, rows)  # no copy: its whole blocks are the rows
+    else:
+        rows[:, : data.shape[1]].copy_(dequantize(data) if isinstance(data, QuantizedTensor) else data)
 
 
 def joined(parts: Sequence[Tensor | QuantizedTensor]) -> Tensor | QuantizedTensor | None:
@@ -225,7 +230,7 @@ class FrozenLinear(nn.Module):
         """Return the parameters of its adapter: there is none."""
 
     def fill(self, rows: Tensor) -> None:
-        """Write the weight to `rows` `[N, row_elements]` of an unpacking buffer."""
+        """Write the weight to `rows` `[N, at least K]` of an unpacking buffer."""
         self.weight.fill(rows)
 
     def extra_repr(self) -> str:
