@@ -43,6 +43,7 @@ class State:
     base: dict[str, Any] = field(default_factory=dict)  # metrics before the first step
     best: dict[str, Any] = field(default_factory=dict)  # metrics and step of the adapter that is kept
     worse: int = 0  # evaluations since the best
+    kept_prefix: bool | None = None  # whether the frozen layers' outputs are kept on disk; None before it is decided
     peak_rss_mb: float = 0.0  # of the processes before this one
     seconds: dict[str, float] = field(default_factory=dict)  # per stage
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import shlex
 import shutil
@@ -28,6 +29,7 @@ from edgelora.train.checkpoint import State
 from edgelora.train.loading import Stages, load, load_planned, round_as_shipped
 from edgelora.train.loop import Job, Trainer
 from edgelora.train.observe import observe
+from edgelora.train.prefix import PrefixedPredictor, Prefixes, open_prefixes
 from edgelora.train.run import DATA, Run, copy_model_files, length_limit
 
 if TYPE_CHECKING:
@@ -58,10 +60,15 @@ def finetune(
         begin = reopen if resume else start
         run, network = begin(out, source, data, config, stages)
         try:
-            return Training(out, run, network, stages).carry_out()
-        except Interrupted as stopped:
+            training = Training(out, run, network, stages)
+            try:
+                return training.carry_out()
+            finally:
+                training.close()
+        except (Interrupted, KeyboardInterrupt) as stopped:
+            message = stopped.message if isinstance(stopped, Interrupted) else "interrupted; the last checkpoint is kept"
             hint = shlex.join(["edgelora", "finetune", model, data, "-o", str(out), "--resume"])
-            raise Interrupted(stopped.message, hint=hint) from None
+            raise Interrupted(message, hint=hint) from None
 
 
 def start(out: Path, source: ModelSource, data: str, config: FinetuneConfig, stages: Stages) -> tuple[Run, Model]:
@@ -84,6 +91,7 @@ def start(out: Path, source: ModelSource, data: str, config: FinetuneConfig, sta
         folder.swap_in(staging, out)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+    network.keeping = run.plan.keeping(out)
     return run, network
 
 
@@ -111,6 +119,7 @@ def complete(out: Path) -> dict[str, Any]:
     """Make a run with recorded results complete, without its checkpoint; return its figures."""
     run, manifest = Run.read(out)
     shutil.rmtree(out / checkpoint.FOLDER, ignore_errors=True)
+    run.plan.kept_file(out).unlink(missing_ok=True)
     run.write(out, complete=True, results=manifest["results"], figures=manifest["figures"])
     return {"run": str(out), **manifest["figures"]}
 
@@ -127,6 +136,7 @@ class Training:
         prepared = Prepared.open(out / DATA)
         self.store = prepared.store("train")
         self.valid, self.valid_rows = sample(prepared.store("valid"), prepared.texts("valid"), self.config.valid_rows)
+        self.prefixes: Prefixes | None = None
 
     def carry_out(self) -> dict[str, Any]:
         trainer = Trainer(self.job())
@@ -138,6 +148,7 @@ class Training:
             self.show_plan(trainer.job.num_steps)
             with self.stages.time("observe"):
                 observe(trainer.job)
+        self.keep_prefixes(trainer)
         if not trainer.state.base:
             console.say(f"scoring the base model on {len(self.valid)} validation rows")
             with self.stages.time("base"), inject.switched_off(self.model):
@@ -149,7 +160,25 @@ class Training:
         with self.stages.time("table"):
             peft_format.apply(self.model, peft_format.load(self.out))
             adapted = self.score(generate=self.short_answers())
+        if self.prefixes is not None:
+            self.prefixes.close(remove=True)
         return self.finish(state, adapted)
+
+    def keep_prefixes(self, trainer: Trainer) -> None:
+        """Let training and scores go by what the layers below the lowest adapter gave before, where there are such."""
+        job, state = trainer.job, trainer.state
+        if state.kept_prefix is not False:
+            lengths = np.array([len(example) for example in self.valid])
+            where = self.out / checkpoint.FOLDER
+            self.prefixes = open_prefixes(where, self.model, job.rows, lengths, num_steps=job.num_steps, step=state.step)
+        state.kept_prefix = self.prefixes is not None
+        if self.prefixes is not None:
+            trainer.job = dataclasses.replace(job, prefix=self.prefixes.train)
+
+    def close(self) -> None:
+        """Let go of the files of a run that may be resumed."""
+        if self.prefixes is not None:
+            self.prefixes.close(remove=False)
 
     def job(self) -> Job:
         config = self.config
@@ -163,6 +192,7 @@ class Training:
             config=config,
             learning_rate=config.learning_rate or self.task.learning_rate,
             micro_batch=self.plan.micro_batch,
+            optimizer_bits=self.plan.optimizer_bits,
             num_steps=rows.num_steps(config.epochs, config.max_steps),
             folder=self.out,
             score=lambda: self.score(generate=False),
@@ -182,7 +212,11 @@ class Training:
         peft_format.save(adapter, self.out, paths=list(self.model.linears()))
 
     def score(self, *, generate: bool) -> Metrics:
-        predictor = TorchPredictor(self.model, self.collate)
+        limits = {"batch_tokens": self.plan.scoring_tokens, "cache_bytes": round(self.plan.cache_mb * (1 << 20))}
+        if self.prefixes is None:
+            predictor = TorchPredictor(self.model, self.collate, **limits)
+        else:
+            predictor = PrefixedPredictor(self.prefixes.valid, self.collate, **limits)
         return self.task.evaluate(predictor, self.valid_rows, self.valid, self.tokenizer, self.run.labels, generate=generate)
 
     def short_answers(self) -> bool:

@@ -26,6 +26,7 @@ from edgelora.tokenizer import Tokenizer
 from edgelora.train import on_grid, probe
 from edgelora.train.probe import Probe
 from edgelora.train.run import Run
+from edgelora.train.targets import target_modules
 
 if TYPE_CHECKING:
     from edgelora.models.decoder import Decoder
@@ -62,20 +63,20 @@ def load_planned(
     """
     facts = {"reference": source.reference, "fingerprint": source.fingerprint, "license": source.license}
     plan, choice = planner.plan()
-    tried: list[Plan] = []
+    tried: Plan | None = None
     while True:
         run = Run(facts, data, prepared.task, prepared.labels, planner.situation.config, plan)
         network = load(source, run, stages)
         run = round_as_shipped(network, run)
         network.keeping = plan.keeping(folder)
-        if tried and tried[-1].base_bits != plan.base_bits:
+        if tried:
             return run, network
-        tried.append(plan)
+        tried = plan
         with stages.time("probe"):
             task = get_task(run.task)
             collate = functools.partial(task.collate, pad_token_id=Tokenizer.from_folder(source.folder).pad_token_id or 0)
             planner, plan, choice = probe.refine(planner, choice, Probe(network, task, collate, prepared.store("train")))
-        if (plan.base_bits, plan.stream) == (tried[-1].base_bits, tried[-1].stream):
+        if (plan.base_bits, plan.stream) == (tried.base_bits, tried.stream):
             network.keeping = plan.keeping(folder)
             return dataclasses.replace(run, plan=plan), network
         del network
@@ -90,7 +91,7 @@ def load(source: ModelSource, run: Run, stages: Stages) -> Model:
     torch.manual_seed(config.seed)
     with stages.time("load"):
         network = load_model(source, run.task, base_bits=plan.base_bits, labels=run.labels, streamed=plan.stream)
-        targets = config.target_modules or get_task(run.task).target_modules
+        targets = target_modules(list(network.linears()), config, run.task)
         inject.attach(network, LoRASettings.from_config(config), targets)
     return network
 

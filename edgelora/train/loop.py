@@ -22,6 +22,7 @@ from edgelora.train.batches import Schedule, split
 from edgelora.train.checkpoint import State
 from edgelora.train.log import Log
 from edgelora.train.optimizer import clip_grad_norm, make_optimizer, set_learning_rate, trainable
+from edgelora.train.prefix import Prefix, Prefixed
 from edgelora.train.schedule import learning_rate_factor
 from edgelora.train.signals import StopRequest, stop_request
 
@@ -50,6 +51,7 @@ class Job:
     score: Callable[[], Metrics]  # the model on the validation rows, now
     keep: Callable[[], None]  # save the adapter: it is the best so far
     optimizer_bits: int = 32
+    prefix: Prefix | None = None  # what the frozen layers give for the training rows
 
 
 class Trainer:
@@ -148,7 +150,8 @@ class Trainer:
                 torch.set_rng_state(random)
                 self.interrupt()
             batch = to_tensors(job.collate([job.store[row] for row in part]))
-            loss, count = job.task.loss(job.model, batch)
+            model = job.model if job.prefix is None else Prefixed(job.prefix, part)
+            loss, count = job.task.loss(model, batch)
             loss.backward()  # type: ignore[no-untyped-call]  # torch has no types here
             total += float(loss.detach())
             items += count
@@ -222,6 +225,8 @@ class Trainer:
         state = self.state
         state.peak_rss_mb = max(state.peak_rss_mb, hardware.peak_rss_mb())
         with self.stop.finishing():
+            if self.job.prefix is not None:
+                self.job.prefix.sync()
             checkpoint.save(self.job.folder, state, self.saved, self.optimizer, torch.get_rng_state())
         self.saved_at = time.monotonic()
 
