@@ -13,7 +13,7 @@ from typing import Any
 
 from edgelora import console
 from training_bench import cgroups, limits, models, rows
-from training_bench.results import Record, Results
+from training_bench.results import Record, Results, noted
 from training_bench.runs import Bench, Ours, finetune
 
 COUNT = 20
@@ -63,14 +63,13 @@ def one(bench: Bench, results: Results, folder: Path, data: Path, number: int, d
         "anonymous MB": free["peak_anonymous_mb"] if free["outcome"] == "done" else None,
         "in a cgroup": None,
         "held": held(free, drawn["ram_mb"]),
-        "message": (free["message"] or "").split("\n")[0][:60] or None,
     }
     if inside and free["outcome"] == "done":
         runner = functools.partial(limits.limited, drawn["ram_mb"])
         limited = results.run(f"{key}/cgroup", lambda: finetune(bench, ask, runner))
         row["in a cgroup"] = limited["outcome"]
         row["held"] = bool(row["held"]) and limited["outcome"] == "done"
-    return row
+    return noted(row, free)
 
 
 def held(record: Record, ram_mb: int) -> bool | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from edgelora import console
 from training_bench import cgroups, models, rows
 from training_bench.processes import Measured, run
-from training_bench.results import Record, Results
+from training_bench.results import Record, Results, noted
 from training_bench.runs import Bench, Ours, finetune, peer, steady_step
 
 TOKENS = 256
@@ -66,9 +66,8 @@ def single_limit(bench: Bench, results: Results, folder: Path, data: Path) -> li
         "s/step inside": steady_step(inside),
         "s/step free, same --ram": steady_step(budget),
         "s/step free": steady_step(free),
-        "message": inside["message"] or None,
     }
-    return [row]
+    return [noted(row, inside)]
 
 
 def joined(name: str, folder: Path, data: Path, ram_mb: int | None) -> Ours:
@@ -120,7 +119,7 @@ def peft_sides(bench: Bench, results: Results, folder: Path, data: Path) -> Side
 def smallest(what: str, free: Record, inside: Callable[[int], Record], bench: Bench, results: Results) -> Record:
     """Return the row of the smallest cgroup in which a run ends in time, and of the smallest in which it ends at all."""
     if free["outcome"] != "done":
-        return {"what": f"{what}, smallest", "outcome": free["outcome"], "message": free["message"]}
+        return noted({"what": f"{what}, smallest", "outcome": free["outcome"]}, free)
     high = math.ceil(1.3 * free["peak_tree_mb"])
 
     def in_time(limit: int) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 from edgelora import console
 from training_bench import models, rows
 from training_bench.processes import Measured, python, run
-from training_bench.results import Record, Results
+from training_bench.results import Record, Results, noted
 from training_bench.runs import Bench, Ours, finetune
 
 STEPS = 5
@@ -91,7 +91,7 @@ def row_of(what: str, record: Record) -> Record:
     row: Record = {"what": what, "outcome": record["outcome"]}
     told = record.get("predicted") or {}
     if record["outcome"] != "done" or not told:
-        return row | {"message": record["message"]}
+        return noted(row, record)
     peak, seconds = record["peak_rss_mb"], sum(record["step_seconds"])
     return row | {
         "peak MB": peak,

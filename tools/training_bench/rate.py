@@ -18,7 +18,7 @@ from typing import Any
 from edgelora import console
 from training_bench import models, rows
 from training_bench.processes import python, run
-from training_bench.results import Record, Results
+from training_bench.results import Record, Results, noted
 from training_bench.runs import Bench, Ours, finetune
 from training_bench.speed import BATCH_SIZE
 
@@ -84,7 +84,7 @@ def beside(bench: Bench, ask: Ours) -> Record:
 
 def row_of(name: str, record: Record) -> Record:
     if "rates" not in record:
-        return {"what": name, "outcome": record["outcome"], "message": record["message"]}
+        return noted({"what": name, "outcome": record["outcome"]}, record)
     seconds = fmean(record["step_seconds"][1:])
     sustained, best = (fmean(rate[key] for rate in record["rates"]) for key in ("gflops", "best_gflops"))
     reached = record["operations"] / seconds / 1e9

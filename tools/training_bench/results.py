@@ -50,6 +50,12 @@ class Results:
         partial.replace(self.path)
 
 
+def noted(row: Record, record: Record) -> Record:
+    """Return a table's row with the first line of what a run that failed said."""
+    message = str(record.get("message") or "").partition("\n")[0]
+    return row | ({"message": message if len(message) < 100 else message[:99] + "…"} if message else {})
+
+
 def describe(record: Record) -> str:
     """Return one line about a run."""
     speed = record.get("tokens_per_s")
@@ -59,6 +65,6 @@ def describe(record: Record) -> str:
         f"peak {record['peak_rss_mb']:.0f} MB" if record.get("peak_rss_mb") else "",
         f"{record['seconds']:.0f} s" if record.get("seconds") else "",
         f"others kept {record['others_busy']:.0%} of the processors busy" if record.get("others_busy", 0) > 0.1 else "",
-        record.get("message", ""),
+        str(record.get("message") or "").partition("\n")[0],
     ]
     return ", ".join(part for part in parts if part)

@@ -13,7 +13,7 @@ from typing import Any
 
 from edgelora import console
 from training_bench import models, rows
-from training_bench.results import Record, Results
+from training_bench.results import Record, Results, noted
 from training_bench.runs import Bench, Ours, finetune, peer
 
 BATCH_SIZE = 8
@@ -139,7 +139,7 @@ def summary(found: dict[str, list[Record]]) -> list[Record]:
 def row_of(name: str, records: list[Record]) -> dict[str, Any]:
     done = [record for record in records if record["outcome"] == "done"]
     first = records[0]
-    return {
+    row = {
         "what": name,
         "--ram": first.get("ram_mb"),
         "outcome": first["outcome"] if len(done) == len(records) or not done else f"{len(done)} of {len(records)} done",
@@ -148,6 +148,7 @@ def row_of(name: str, records: list[Record]) -> dict[str, Any]:
         "with children MB": middle(done, "peak_tree_mb"),
         "anonymous MB": middle(done, "peak_anonymous_mb"),
     }
+    return noted(row, first)
 
 
 def middle(records: list[Record], name: str) -> float | None:
