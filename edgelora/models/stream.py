@@ -5,8 +5,8 @@
 
 What the system keeps of the file beyond that is cache that it takes back when memory is short. Blocks are walked there and
 back (forward, backward), so the last ones read are the first ones needed again, and cache that happens to be free is used.
-Dropping that cache too (posix_fadvise) would read 1.3 times as much where a quarter of the file can stay, and all of it again
-where it fits. Without `madvise` (Windows) both do nothing: the system drops clean pages by itself.
+Dropping that cache too (posix_fadvise) read a quarter more where a fifth of the file could stay, and would read all of it
+again where it fits. Without `madvise` (Windows) both do nothing: the system drops clean pages by itself.
 """
 
 from __future__ import annotations
