@@ -86,6 +86,29 @@ print(done, hardware.rss_mb())
         assert float(settled) < float(left) - 20
 
 
+def test_products_of_new_lengths_do_not_pile_up() -> None:
+    """Documents come in many lengths; oneDNN and torch would keep compiled products for all of them."""
+    code = """
+from edgelora import memory, hardware
+memory.settle()
+import torch
+torch.set_num_threads(1)
+weights = [torch.ones(outputs, 64) for outputs in (64, 96, 128, 160)]
+def products(tokens):
+    for weight in weights:
+        torch.ops.mkldnn._linear_pointwise(torch.ones(tokens, 64), weight, None, "none", [], "")
+products(300)
+before = hardware.rss_mb()
+for tokens in range(40, 200):
+    products(tokens)
+print(hardware.rss_mb() - before)
+"""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        pytest.skip("this torch has no oneDNN")
+    kept, grown = (float(child(code, EDGELORA_ALLOCATOR=how)) for how in ("", "off"))
+    assert kept < max(grown / 2, 10), f"{kept} MB settled, {grown} MB as it comes"
+
+
 def test_settle_reads_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EDGELORA_ALLOCATOR", "off")
     assert memory.Allocator.from_environment() is None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgelora import console, folder, hardware
+from edgelora import console, folder, hardware, memory
 from edgelora.adapters import inject, peft_format
 from edgelora.adapters.initialize import refuse_combinations
 from edgelora.config import FinetuneConfig
@@ -49,6 +49,7 @@ def finetune(
 
     A run that was stopped goes on with `resume`. Raises UserError, MachineError, and Interrupted after a checkpoint.
     """
+    memory.settle()
     stages = Stages()
     source = open_model(model, trust_remote_code=config.trust_remote_code)
     if not resume:
