@@ -63,6 +63,7 @@ def plan(model: str, data: str, config: FinetuneConfig, *, probe: bool = True) -
     """
     import tempfile
 
+    from edgelora import memory
     from edgelora.adapters.initialize import refuse_combinations
     from edgelora.data.prepare import prepare
     from edgelora.models.source import open_model
@@ -70,6 +71,7 @@ def plan(model: str, data: str, config: FinetuneConfig, *, probe: bool = True) -
     from edgelora.train.loading import Stages, load_planned
     from edgelora.train.run import length_limit
 
+    memory.settle()
     refuse_combinations(config)
     source = open_model(model, trust_remote_code=config.trust_remote_code)
     with tempfile.TemporaryDirectory() as name:
