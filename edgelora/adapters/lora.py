@@ -199,9 +199,9 @@ class LoRA(nn.Module):
         """Whether s·BA is added to the frozen layer's product, and is not part of the weight, as it is on the grid."""
         return not self.enabled or self.grid is None
 
-    def trained(self) -> Factors | None:
-        """Return the parameters themselves, as what is trained, unless the adapter is switched off."""
-        return Factors(self.lora_A, self.lora_B, self.scale) if self.enabled else None
+    def trained(self) -> tuple[Factors, Factors] | None:
+        """Return the parameters themselves, and how they act, unless the adapter is switched off."""
+        return (Factors(self.lora_A, self.lora_B, self.scale), self.factors) if self.enabled else None
 
     @torch.no_grad()
     def fill(self, rows: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -27,12 +28,17 @@ class Block(nn.Module):
         self.norms = nn.ModuleDict(norms)
         self._groups: dict[tuple[str, ...], LinearGroup] = {}
 
-    def forward(self, hidden_TH: Tensor, context: Context) -> Tensor:
+    def recall(self, hidden_TH: Tensor, context: Context) -> Tensor:
+        """Compute the block for its gradients only: the last product, which no gradient needs, is left out."""
+        return self.forward(hidden_TH, context, unfinished=True)
+
+    def forward(self, hidden_TH: Tensor, context: Context, *, unfinished: bool = False) -> Tensor:
         spec = self.spec
         attended = self._attention(hidden_TH, context)
         hidden_TH = self._out("o", attended, None, "attn_out", hidden_TH)
         inner = self._linears(("gate_up",) if "gate_up" in self.linears else self._mlp_in, hidden_TH, self._norm("mlp_in"))
-        return self._out("down", inner, Activation(spec.activation, gated=spec.gated), "mlp_out", hidden_TH)
+        act = Activation(spec.activation, gated=spec.gated)
+        return self._out("down", inner, act, "mlp_out", hidden_TH, unfinished=unfinished)
 
     @property
     def _mlp_in(self) -> tuple[str, ...]:
@@ -45,9 +51,17 @@ class Block(nn.Module):
         assert isinstance(norm, FrozenNorm)
         return norm
 
-    def _linears(self, roles: tuple[str, ...], x_TK: Tensor, f: Elementwise | None, residual: Tensor | None = None) -> Tensor:
+    def _linears(
+        self,
+        roles: tuple[str, ...],
+        x_TK: Tensor,
+        f: Elementwise | None,
+        residual: Tensor | None = None,
+        unfinished: bool = False,
+    ) -> Tensor:
         """Return the outputs of the layers of these roles side by side, of f(x); with a residual, added to it."""
-        return linears(x_TK, self.group(roles), f, residual, self.spec.residual_scale if residual is not None else 1.0)
+        scale = self.spec.residual_scale if residual is not None else 1.0
+        return linears(x_TK, self.group(roles), f, residual, scale, unfinished=unfinished)
 
     def group(self, roles: tuple[str, ...]) -> LinearGroup:
         """Return the layers of these roles, which have the same input, as one."""
@@ -57,11 +71,13 @@ class Block(nn.Module):
             known = self._groups[roles] = LinearGroup(members)
         return known
 
-    def _out(self, role: str, x_TK: Tensor, f: Elementwise | None, norm_role: str, hidden_TH: Tensor) -> Tensor:
+    def _out(
+        self, role: str, x_TK: Tensor, f: Elementwise | None, norm_role: str, hidden_TH: Tensor, *, unfinished: bool = False
+    ) -> Tensor:
         """Return the residual plus a linear layer of f(x), where the family norms that layer's output, its norm."""
         norm = self._norm(norm_role)
         if norm is None:
-            return self._linears((role,), x_TK, f, hidden_TH)
+            return self._linears((role,), x_TK, f, hidden_TH, unfinished=unfinished)
         return torch.add(hidden_TH, norm(self._linears((role,), x_TK, f)), alpha=self.spec.residual_scale)
 
     def _attention(self, hidden_TH: Tensor, context: Context) -> Tensor:
@@ -126,8 +142,18 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.final_norm = final_norm
         self.head = Head(head.weight, spec.logits_scale, spec.logits_softcap)
-        self.stream: Stream | None = None  # set when the weights are read from their file as they are needed
+        self._stream: Stream | None = None
         self.keeping = Keeping()
+
+    @property
+    def stream(self) -> Stream | None:
+        """Set when the weights are read from their file as they are needed, and dropped after."""
+        return self._stream
+
+    @stream.setter
+    def stream(self, stream: Stream | None) -> None:
+        self._stream = stream
+        self.head = dataclasses.replace(self.head, release=None if stream is None else stream.drop_table)
 
     @property
     def gradient_checkpointing(self) -> bool:

@@ -15,7 +15,7 @@ from edgelora.errors import ModelError
 from edgelora.models.base_file import BaseWeights, open_base
 from edgelora.models.base_layout import Section
 from edgelora.models.linear import FrozenEmbedding, FrozenLinear, FrozenWeight
-from edgelora.models.recompute import Keeping, Shelf
+from edgelora.models.recompute import Calls, Keeping, Shelf
 from edgelora.models.source import ModelSource
 
 WORD_EMBEDDINGS = ("word_embeddings", "tok_embeddings", "embed_tokens")
@@ -75,7 +75,7 @@ class Encoder(nn.Module):
 
         if index == 0:
             self._shelf = self._keeping.shelf(hidden)
-        out = self._keeping.block(layer, call, hidden, index, count, self._shelf)
+        out = self._keeping.block(layer, Calls(call, call), hidden, index, count, self._shelf)
         return (out, *others[0][1:]) if others else out
 
     def _layers(self) -> list[nn.Module]:

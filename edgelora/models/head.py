@@ -10,7 +10,7 @@ so that one pass over the head gives both the loss and its gradient.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,16 +21,21 @@ from edgelora.models import gemm
 from edgelora.models.linear import FrozenWeight
 
 TILE_ROWS = 2048  # rows of the head unpacked at once: with their logits they stay in a processor's cache
+RELEASE_TILES = 8  # tiles after which their part of the table may go
 TILE_LOGITS = 1 << 20  # logits at once: 4 MB
 
 
 @dataclass(frozen=True)
 class Head:
-    """logits = softcap(scale * h Wᵀ), softcap(z) = cap * tanh(z / cap), with W `[V, H]`."""
+    """logits = softcap(scale * h Wᵀ), softcap(z) = cap * tanh(z / cap), with W `[V, H]`.
+
+    release: called now and then on the way through W, so that the part behind need not stay in memory.
+    """
 
     weight: FrozenWeight
     scale: float = 1.0
     softcap: float = 0.0
+    release: Callable[[], None] | None = None
 
     def nll(self, hidden_SH: Tensor, targets_S: Tensor) -> Tensor:
         """Return the summed negative log-likelihood of the targets, a scalar with a gradient to `hidden_SH`."""
@@ -57,6 +62,10 @@ class Head:
         rows = self.weight.shape[0]
         for start in range(0, rows, TILE_ROWS):
             yield start, self.weight.tile(start, min(start + TILE_ROWS, rows))
+            if self.release is not None and (
+                start // TILE_ROWS % RELEASE_TILES == RELEASE_TILES - 1 or start + TILE_ROWS >= rows
+            ):
+                self.release()
 
     def _logits(self, hidden_SH: Tensor, weight_VH: Tensor) -> Tensor:
         return self._finish(gemm.linear(hidden_SH, weight_VH))

@@ -221,11 +221,6 @@ class FrozenLinear(nn.Module):
     def apart(self) -> bool:
         return True
 
-    @property
-    def factors(self) -> Any:
-        """How its adapter acts: it has none."""
-        raise NotImplementedError
-
     def trained(self) -> None:
         """Return the parameters of its adapter: there is none."""
 

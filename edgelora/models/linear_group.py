@@ -40,7 +40,7 @@ class Factors(Protocol):
 class Member(Protocol):
     """What a group needs of a layer; FrozenLinear and LoRA are members.
 
-    trained: the parameters, None without an adapter. factors: how they act; their first rows and columns are the parameters.
+    trained: the parameters, and how they act: their first rows and columns are the parameters; None without an adapter.
     apart: whether the adapter's product is added to the weight's, and not part of the weight that `fill` writes.
     """
 
@@ -50,9 +50,7 @@ class Member(Protocol):
     def in_weight_space(self) -> bool: ...
     @property
     def apart(self) -> bool: ...
-    @property
-    def factors(self) -> Factors: ...
-    def trained(self) -> Factors | None: ...
+    def trained(self) -> tuple[Factors, Factors] | None: ...
     def fill(self, rows: Tensor) -> None: ...
 
 
@@ -87,24 +85,23 @@ class LinearGroup:
     def in_weight_space(self) -> bool:
         return all(member.in_weight_space for member in self.members)
 
-    def trained(self) -> list[tuple[slice, Member, Factors]]:
-        """Return rows of the group's weight, layer and parameters of the adapters that are switched on."""
+    def trained(self) -> list[tuple[slice, Member, Factors, Factors]]:
+        """Return rows of the group's weight, layer, parameters and how they act, of the adapters that are switched on."""
         found = [(slice(*self.starts[i : i + 2]), member, member.trained()) for i, member in enumerate(self.members)]
-        return [(rows, member, parameters) for rows, member, parameters in found if parameters is not None]
+        return [(rows, member, *both) for rows, member, both in found if both is not None]
 
     @torch.no_grad()
-    def add_adapters(self, h_TK: Tensor, y_TN: Tensor) -> Tensor:
-        """Add s·(h Aᵀ) Bᵀ of the adapters that are apart from the weight to y; return all columns of h Aᵀ, `[T, R]`."""
+    def add_adapters(self, h_TK: Tensor, y_TN: Tensor | None) -> Tensor:
+        """Add s·(h Aᵀ) Bᵀ of the adapters that are apart from the weight to y, if it is given; return h Aᵀ, `[T, R]`."""
         trained = self.trained()
         if not trained:
             return h_TK.new_empty(0)
-        acting = [member.factors for _, member, _ in trained]
-        low_TR = gemm.linear(h_TK, acting[0].a if len(acting) == 1 else torch.cat([factors.a for factors in acting]))
+        low_TR = gemm.linear(h_TK, _side_by_side([acting.a for *_, acting in trained]))
         start = 0
-        for (rows, member, _), factors in zip(trained, acting, strict=True):
-            stop = start + factors.a.shape[0]
-            if member.apart:
-                y_TN[:, rows].addmm_(low_TR[:, start:stop], factors.b.t(), alpha=factors.scale)
+        for rows, member, _, acting in trained:
+            stop = start + acting.a.shape[0]
+            if member.apart and y_TN is not None:
+                y_TN[:, rows].addmm_(low_TR[:, start:stop], acting.b.t(), alpha=acting.scale)
             start = stop
         return low_TR
 
@@ -113,14 +110,12 @@ class LinearGroup:
         trained = self.trained()
         if not trained:
             return None
-        acting = [member.factors for _, member, _ in trained]
-        width = sum(factors.a.shape[0] for factors in acting)
-        a = acting[0].a if len(acting) == 1 else torch.cat([factors.a for factors in acting])
-        scaled_b = torch.zeros(self.starts[-1], width)
+        a = _side_by_side([acting.a for *_, acting in trained])
+        scaled_b = torch.zeros(self.starts[-1], a.shape[0])
         parts, start, apart = [], 0, []
-        for (rows, member, parameters), factors in zip(trained, acting, strict=True):
-            columns = slice(start, start + factors.a.shape[0])
-            torch.mul(factors.b, factors.scale, out=scaled_b[rows, columns])
+        for rows, member, parameters, acting in trained:
+            columns = slice(start, start + acting.a.shape[0])
+            torch.mul(acting.b, acting.scale, out=scaled_b[rows, columns])
             parts.append((rows, columns, parameters.a.shape[0], parameters.scale))
             apart.append(member.apart)
             start = columns.stop
@@ -144,21 +139,31 @@ class LinearGroup:
         return out[:, : self.num_inputs]
 
     def parameters(self) -> list[Tensor]:
-        return [tensor for _, _, parameters in self.trained() for tensor in (parameters.a, parameters.b)]
+        return [tensor for _, _, parameters, _ in self.trained() for tensor in (parameters.a, parameters.b)]
+
+
+def _side_by_side(factors: Sequence[Tensor]) -> Tensor:
+    return factors[0] if len(factors) == 1 else torch.cat(list(factors))
+
+
+How = tuple[float, bool]  # the scale of y beside the residual, and whether y itself is not wanted
 
 
 class _Linears(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, residual: Tensor | None, group: LinearGroup, f: Elementwise | None, scale: float, *_: Tensor
+        ctx: Any, x: Tensor, residual: Tensor | None, group: LinearGroup, f: Elementwise | None, how: How, *_: Tensor
     ) -> Tensor:
         h, stats = (x, ()) if f is None else f.compute(x)
-        y = gemm.linear(h, group.weight())
-        low_TR = group.add_adapters(h, y)
-        if group.bias is not None:
-            y.add_(group.bias)
+        scale, unfinished = how
+        y = h.new_empty(h.shape[0], group.starts[-1]) if unfinished else gemm.linear(h, group.weight())
+        low_TR = group.add_adapters(h, None if unfinished else y)
         ctx.group, ctx.f, ctx.scale = group, f, scale
         ctx.save_for_backward(x, low_TR, *stats)
+        if unfinished:
+            return y
+        if group.bias is not None:
+            y.add_(group.bias)
         return y if residual is None else torch.add(residual, y, alpha=scale, out=y)
 
     @staticmethod
@@ -196,14 +201,17 @@ def adapter_gradients(stacked: Stacked, pulled_TR: Tensor, low_TR: Tensor, grad_
 
 
 def linears(
-    x: Tensor, group: LinearGroup, f: Elementwise | None = None, residual: Tensor | None = None, scale: float = 1.0
-) -> Tensor:
+    x: Tensor, group: LinearGroup, f: Elementwise | None = None, residual: Tensor | None = None, scale: float = 1.0,
+    *, unfinished: bool = False,
+) -> Tensor:  # fmt: skip
     """Return `[T, N]`: the group's layers side by side on f(x) `[T, K]`; with a residual `[T, N]`, residual + scale·y.
+
+    unfinished: only the gradients are wanted; what the tensor holds is not said.
 
     Adapters that have no form in weight space (DoRA, dropout) are computed layer by layer.
     """
     if group.in_weight_space:
-        y: Tensor = _Linears.apply(x, residual, group, f, scale, *group.parameters())  # type: ignore[no-untyped-call]
+        y: Tensor = _Linears.apply(x, residual, group, f, (scale, unfinished), *group.parameters())  # type: ignore[no-untyped-call]
         return y
     h = x if f is None else elementwise.apply(f, x)
     outputs = [module(h) for module in group.modules]

@@ -6,6 +6,7 @@ The last blocks keep everything: their backward comes first, so that what they k
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from edgelora.errors import MachineError
+
 ALL = 1 << 30
 MOST_HEADS = 64  # a tensor with so few numbers a token, attention's log-sum-exp among them, is not worth rounding
 
@@ -25,6 +28,7 @@ class Stream(Protocol):
 
     def enter(self, block: int) -> None: ...
     def leave(self, block: int) -> None: ...
+    def drop_table(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,8 @@ class Keeping:
         """Return the hidden states after all blocks from `first` on, each called with the hidden states and `rest`."""
         shelf = self.shelf(hidden)
         for i, block in enumerate(blocks[first:], first):
-            hidden = self.block(block, _streamed(block, i, stream, rest), hidden, i, len(blocks), shelf)
+            calls = Calls(_with(block, rest), _with(getattr(block, "recall", block), rest))
+            hidden = self.block(block, calls, hidden, i, len(blocks), shelf, stream)
         return hidden
 
     def shelf(self, hidden: Tensor) -> Shelf | None:
@@ -52,39 +57,52 @@ class Keeping:
         return Shelf(self.bits, self.file, hidden.shape) if torch.is_grad_enabled() else None
 
     def block(
-        self, block: nn.Module, call: Callable[[Tensor], Tensor], hidden: Tensor, index: int, count: int, shelf: Shelf | None
-    ) -> Tensor:
-        """Return call(hidden), the output of block `index` of `count`.
+        self, block: nn.Module, calls: Calls, hidden: Tensor, index: int, count: int, shelf: Shelf | None,
+        stream: Stream | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Return the output of block `index` of `count`.
 
         Blocks below the lowest adapter keep nothing, and backward does not reach them.
         """
         trained = [p for p in block.parameters() if p.requires_grad] if shelf is not None else []
-        if shelf is None or not (trained or hidden.requires_grad):
-            with torch.no_grad():
-                return call(hidden)
-        if index >= count - self.kept_blocks:
-            with nullcontext() if self.bits == 32 else _Bf16(hidden.numel() // hidden.shape[-1] * MOST_HEADS):
-                return call(hidden)
-        recall = _Recall(call, shelf, index, block.training and _draws(block))
-        out: Tensor = _Recompute.apply(hidden, recall, *trained)  # type: ignore[no-untyped-call]
-        return out
-
-
-def _streamed(block: nn.Module, index: int, stream: Stream | None, rest: Sequence[Any]) -> Callable[[Tensor], Tensor]:
-    def call(hidden: Tensor) -> Tensor:
         if stream is not None:
             stream.enter(index)
-        out: Tensor = block(hidden, *rest)
+        if shelf is None or not (trained or hidden.requires_grad):
+            with torch.no_grad():
+                out = calls.forward(hidden)
+        elif index >= count - self.kept_blocks:
+            with nullcontext() if self.bits == 32 else _Bf16(hidden.numel() // hidden.shape[-1] * MOST_HEADS):
+                out = calls.forward(hidden)
+        else:
+            recall = _Recall(calls, shelf, index, block.training and _draws(block), stream)
+            out = _Recompute.apply(hidden, recall, *trained)  # type: ignore[no-untyped-call]
         if stream is not None:
             stream.leave(index)
         return out
 
-    return call
+
+@dataclass(frozen=True)
+class Calls:
+    """How a block is computed. `again` need only have the right gradients: its output is not looked at."""
+
+    forward: Callable[[Tensor], Tensor]
+    again: Callable[[Tensor], Tensor]
+
+
+def _with(call: Callable[..., Tensor], rest: Sequence[Any]) -> Callable[[Tensor], Tensor]:
+    return lambda hidden: call(hidden, *rest)
 
 
 def _draws(block: nn.Module) -> bool:
-    """Tell whether a block draws random numbers while training."""
-    return any((module.p if isinstance(module, nn.Dropout) else getattr(module, "dropout", 0.0)) for module in block.modules())
+    """Tell whether a block draws random numbers while training: by a module, or by a number such as attention_dropout."""
+    rates = [module.p if isinstance(module, nn.Dropout) else _rates(module) for module in block.modules()]
+    return any(rates)
+
+
+def _rates(module: nn.Module) -> float:
+    """Return the largest attribute of a module that is a rate of dropout."""
+    named = [value for name, value in vars(module).items() if "drop" in name and isinstance(value, int | float)]
+    return max(named, default=0.0)
 
 
 class Shelf:
@@ -94,13 +112,17 @@ class Shelf:
         self.dtype = torch.float32 if bits == 32 else torch.bfloat16
         self.shape = shape
         self.file = None if file is None else file.open("w+b", buffering=0)
+        if self.file is not None:
+            weakref.finalize(self, self.file.close)
 
     def put(self, place: int, x: Tensor) -> Tensor | int:
         stored = x.to(self.dtype)
         if self.file is None:
             return stored
         self.file.seek(place * stored.nbytes)
-        self.file.write(_bytes(stored))
+        left = memoryview(_bytes(stored))
+        while len(left):  # a disk that is almost full, or a system with a limit, writes a part; a full one raises
+            left = left[self.file.write(left) :]
         return place
 
     def take(self, ticket: Tensor | int) -> Tensor:
@@ -109,8 +131,17 @@ class Shelf:
         assert self.file is not None
         stored = torch.empty(self.shape, dtype=self.dtype)
         self.file.seek(ticket * stored.nbytes)
-        self.file.readinto(_bytes(stored))
+        left = memoryview(_bytes(stored))
+        while len(left):
+            left = left[self._read(left) :]
         return stored.float()
+
+    def _read(self, into: memoryview) -> int:
+        assert self.file is not None
+        count = self.file.readinto(into)
+        if not count:
+            raise MachineError(f"{self.file.name} is shorter than what was written to it", hint="is its disk full?")
+        return count
 
 
 def _bytes(x: Tensor) -> Any:
@@ -119,12 +150,13 @@ def _bytes(x: Tensor) -> Any:
 
 @dataclass
 class _Recall:
-    """How one block is computed again. `random` is torch's generator before a block that draws numbers."""
+    """How one block is computed again; `draws` tells whether it draws random numbers."""
 
-    call: Callable[[Tensor], Tensor]
+    calls: Calls
     shelf: Shelf
     place: int
     draws: bool
+    stream: Stream | None
 
 
 class _Recompute(torch.autograd.Function):
@@ -136,21 +168,26 @@ class _Recompute(torch.autograd.Function):
         ctx.recall, ctx.parameters, ctx.wants_x = recall, parameters, x.requires_grad
         ctx.random = torch.get_rng_state() if recall.draws else None
         ctx.ticket = recall.shelf.put(recall.place, x)
-        return recall.call(x)
+        return recall.calls.forward(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x = ctx.recall.shelf.take(ctx.ticket).detach().requires_grad_(ctx.wants_x)
+        recall = ctx.recall
+        if recall.stream is not None:
+            recall.stream.enter(recall.place)
+        x = recall.shelf.take(ctx.ticket).detach().requires_grad_(ctx.wants_x)
         ctx.ticket = None
         now = torch.get_rng_state() if ctx.random is not None else None
         if ctx.random is not None:
             torch.set_rng_state(ctx.random)
         with torch.enable_grad():
-            y = ctx.recall.call(x)
+            y = recall.calls.again(x)
         if now is not None:
             torch.set_rng_state(now)
         wanted = [*([x] if ctx.wants_x else []), *ctx.parameters]
         found = torch.autograd.grad(y, wanted, grads[0], allow_unused=True)
+        if recall.stream is not None:
+            recall.stream.leave(recall.place)
         return (found[0] if ctx.wants_x else None, None, *found[len(found) - len(ctx.parameters) :])
 
 
