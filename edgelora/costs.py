@@ -13,14 +13,14 @@ from edgelora.shape import ModelShape
 
 FP32 = 4
 BLOCK_SIZE = 32
-TILE_ROWS, TILE_LOGITS = 8192, 1 << 21  # models/head.py
+TILE_ROWS, TILE_LOGITS = 2048, 1 << 20  # models/head.py
 MOMENT_BYTES = {32: 4.0, 8: 1.03}  # AdamW's two moments: 8 bits have one fp32 scale in 128 values or more
 STREAMED_BLOCKS = 3  # the one in use, the one read ahead, and the one that is being dropped
 
 # Fitted to runs of SmolLM2 and MiniLM: what torch's kernels, threads and allocator take beyond the tensors themselves.
 WARM_KERNELS = 45 << 20
 ALLOCATOR = 1.05  # freed blocks that the C allocator keeps
-LOADING_COPIES = 2.2  # fp32 copies of the largest tensor that exist while it is quantized
+LOADING = 32 << 20  # rows of a tensor while they are quantized (models/base_file.py)
 ENCODER_MODULES = 150 << 20  # transformers' modelling code, imported for encoders only
 
 
@@ -87,8 +87,7 @@ def memory_parts(
         "unpacking buffer": buffer,
     }
     # While a tensor is quantized nothing of a training step exists yet: only what is above it counts.
-    loading = largest_tensor(shape) * (LOADING_COPIES if settings.base_bits < 32 else 1.0)
-    parts["loading, above that"] = max(0, round(loading) - trained - parts["activations"] - buffer)
+    parts["loading, above that"] = max(0, LOADING - trained - parts["activations"] - buffer)
     return parts
 
 
@@ -187,12 +186,7 @@ def unpack_bytes(shape: ModelShape, settings: Settings) -> int:
     """Return the one fp32 buffer that a group of layers, or a tile of the head, is unpacked into, and its codes' copies."""
     group, tile = shape.largest_group, 0 if shape.encoder else min(TILE_ROWS, shape.vocab) * shape.hidden
     whole = settings.base_bits == 32 and shape.merged_bytes is None
-    # Adapters are added in the buffer, so that 32-bit weights are copied there too; a tile of a 32-bit head is not.
-    codes = 0 if whole else group  # int16 copies of packed codes
-    return FP32 * max(group, 0 if whole else tile) + codes
-
-
-def largest_tensor(shape: ModelShape) -> int:
-    """Return the bytes of the largest tensor in fp32."""
-    sizes = [outputs * inputs for _, outputs, inputs in shape.linears]
-    return FP32 * max([*sizes, *(rows * width for rows, width in shape.tables)])
+    # Of 32-bit weights nothing is unpacked; codes become bytes first (quant/grid.py): two buffers of them for 4 bits.
+    bits = settings.grid_bits or settings.base_bits
+    codes = {8: 1, 4: 2}.get(bits, 0) * group
+    return (0 if whole and not settings.grid_bits else FP32 * max(group, tile)) + codes
