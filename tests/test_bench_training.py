@@ -210,7 +210,7 @@ def test_sides_alternate_and_are_compared() -> None:
     assert speed.share_mb(found, 4) == 572
     assert speed.share_mb(found, None) is None
     row = speed.summary(found)[1]
-    assert (row["× PEFT, its order"], row["× PEFT, random"], row["of PEFT's RSS"]) == (2.5, None, 0.2)
+    assert (row["× PEFT, our order"], row["× PEFT, random"], row["of its RSS"]) == (2.5, None, 0.2)
 
 
 def test_curves_are_compared() -> None:

@@ -115,7 +115,7 @@ def run_limited(command: list[str], limit_mb: int, environment: dict[str, str], 
         killed = group.kills()
     if killed and not measured.done:  # a killed child makes its parent fail in its own way
         measured.exit_code = -9
-        measured.message = measured.message or f"the kernel killed {killed} process(es) in {limit_mb} MB"
+        measured.message = f"the kernel killed {killed} process(es) in {limit_mb} MB"
     return measured
 
 

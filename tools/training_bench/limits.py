@@ -39,7 +39,8 @@ def measure(bench: Bench, results: Results, *, bisect: bool = True) -> list[Reco
         if models.fits_in_fp32(folder):
             table.append(smallest(f"{bench.model}: PEFT", *peft_sides(bench, results, folder, data), bench, results))
     results.part(f"cgroup/{bench.model}", table)
-    console.table(f"{bench.model}, batch 1 × {TOKENS} tokens in a memory cgroup without swap", table)
+    title = f"{bench.model}, batch 1 × {TOKENS} tokens in a memory cgroup without swap"
+    console.table(f"{title}; smallest: at ≤ {SLOWDOWN} × the free time", table)
     return table
 
 
@@ -64,7 +65,7 @@ def single_limit(bench: Bench, results: Results, folder: Path, data: Path) -> li
         "cgroup MB": limit,
         "steps": len(inside.get("step_seconds") or []),
         "s/step inside": steady_step(inside),
-        "s/step free, same --ram": steady_step(budget),
+        "free, same --ram": steady_step(budget),
         "s/step free": steady_step(free),
     }
     return [noted(row, inside)]
@@ -132,14 +133,14 @@ def smallest(what: str, free: Record, inside: Callable[[int], Record], bench: Be
     least = search(at_all, high // 8, fast or high)
     record = inside(fast) if fast else {}
     return {
-        "what": f"{what}, smallest at ≤ {SLOWDOWN} × the free time",
+        "what": f"{what}, smallest",
         "outcome": "done" if fast else f"slower even in {high} MB",
         "cgroup MB": fast,
         "steps": len(record.get("step_seconds") or []),
         "s/step inside": steady_step(record),
         "s/step free": steady_step(free),
-        "finishes at all in, MB": least,
-        "free peak MB": round(free["peak_tree_mb"]),
+        "ends at all in": least,
+        "free MB": round(free["peak_tree_mb"]),
     }
 
 

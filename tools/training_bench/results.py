@@ -53,7 +53,7 @@ class Results:
 def noted(row: Record, record: Record) -> Record:
     """Return a table's row with the first line of what a run that failed said."""
     message = str(record.get("message") or "").partition("\n")[0]
-    return row | ({"message": message if len(message) < 100 else message[:99] + "…"} if message else {})
+    return row | ({"message": message if len(message) <= 60 else message[:59] + "…"} if message else {})
 
 
 def describe(record: Record) -> str:

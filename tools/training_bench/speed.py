@@ -19,9 +19,9 @@ from training_bench.runs import Bench, Ours, finetune, peer
 BATCH_SIZE = 8
 PEERS = {  # name → (checkpointing, own order)
     "PEFT": (True, False),
-    "PEFT, no checkpointing": (False, False),
+    "PEFT, all kept": (False, False),
     "PEFT, random order": (True, True),
-    "PEFT, no checkpointing, random order": (False, True),
+    "PEFT, all kept, random order": (False, True),
 }
 REFERENCE = "PEFT"  # whose peak the budgets are shares of
 SHARES: dict[str, int | None] = {"1/4": 4, "1/2": 2, "no limit": None}
@@ -129,10 +129,10 @@ def summary(found: dict[str, list[Record]]) -> list[Record]:
     table = [row_of(name, records) for name, records in found.items()]
     by_name = {row["what"]: row for row in table}
     for row in table:
-        for label, reference in (("its order", REFERENCE), ("random", "PEFT, random order")):
+        for label, reference in (("our order", REFERENCE), ("random", "PEFT, random order")):
             base = by_name.get(reference, {})
             row[f"× PEFT, {label}"] = ratio(row["tokens/s"], base.get("tokens/s"))
-        row["of PEFT's RSS"] = ratio(row["peak RSS MB"], by_name.get(REFERENCE, {}).get("peak RSS MB"))
+        row["of its RSS"] = ratio(row["RSS MB"], by_name.get(REFERENCE, {}).get("RSS MB"))
     return table
 
 
@@ -144,9 +144,9 @@ def row_of(name: str, records: list[Record]) -> dict[str, Any]:
         "--ram": first.get("ram_mb"),
         "outcome": first["outcome"] if len(done) == len(records) or not done else f"{len(done)} of {len(records)} done",
         "tokens/s": middle(done, "tokens_per_s"),
-        "peak RSS MB": middle(done, "peak_rss_mb"),
-        "with children MB": middle(done, "peak_tree_mb"),
-        "anonymous MB": middle(done, "peak_anonymous_mb"),
+        "RSS MB": middle(done, "peak_rss_mb"),
+        "+ children": middle(done, "peak_tree_mb"),
+        "anon. MB": middle(done, "peak_anonymous_mb"),
     }
     return noted(row, first)
 
