@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     Batch = dict[str, Tensor]
 
-AT_ONCE = 256  # tokens that are decomposed together
+AT_ONCE = 64  # tokens that are decomposed together: the time goes with the square of it
 SIMILAR = 0.99  # cosine of a direction with what it was a batch before: it has converged (PEFT's tau)
 
 
@@ -38,7 +38,7 @@ class Directions:
         self.num_rows = 0
         self.mean_K = torch.zeros(0)
         self.scaled_MK = torch.zeros(0)  # S Vᵀ, the largest first
-        self.converged = math.inf  # how many of the leading directions have; none is known to before two batches
+        self._marked_MK = self.scaled_MK
 
     def add(self, x_TK: Tensor) -> None:
         """Take in more rows. What they are centred by changes with them, which one more row makes up for."""
@@ -56,12 +56,16 @@ class Directions:
         vectors = torch.linalg.eigh(stacked @ stacked.t())[1].flip(1)[:, : self.count]
         self.scaled_MK = vectors.t() @ stacked
         self.num_rows += rows
-        if len(before):
-            both = min(len(before), len(self.scaled_MK))
-            alike = F.cosine_similarity(before[:both], self.scaled_MK[:both]).abs() >= SIMILAR
-            self.converged = both if bool(alike.all()) else int(alike.int().argmin())
-        else:
-            self.converged = 0
+
+    def converged(self) -> int:
+        """Return how many of the leading directions are as they were when this was asked before."""
+        before, now = self._marked_MK, self.scaled_MK
+        both = min(len(before), len(now))
+        self._marked_MK = now
+        if not both:
+            return 0
+        alike = F.cosine_similarity(before[:both], now[:both]).abs() >= SIMILAR
+        return both if bool(alike.all()) else int(alike.int().argmin())
 
     def leading(self, rank: int) -> Tensor:
         """Return `[rank, K]` fp32, each of length 1."""
@@ -111,7 +115,8 @@ def eva(model: Decoder | Encoder, batches: Iterable[Batch], compute: Callable[[B
             count += 1
             listener.mask = batch.get("attention_mask")
             compute(batch)
-            if all(listener.directions[leader].converged >= ranks[path] for path, leader in listener.leaders.items()):
+            converged = {leader: directions.converged() for leader, directions in listener.directions.items()}
+            if all(converged[leader] >= ranks[path] for path, leader in listener.leaders.items()):
                 break
     finally:
         model.train(training)

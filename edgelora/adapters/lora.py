@@ -126,8 +126,10 @@ class LoRA(nn.Module):
         generator = torch.Generator().manual_seed(zlib.crc32(f"{settings.seed} {base.path}".encode()))
         rank, scale = settings.rank_of(base.path), settings.scale_of(base.path)
         shape = (base.out_features, base.in_features)
-        a, b = INITIALIZATIONS[settings.init](Start(base.weight_fp32, shape, rank, scale, generator))
-        magnitude = torch.linalg.vector_norm(base.weight_fp32(), dim=1) if settings.dora else None
+        # The one unpacking buffer: layer by layer, memory of their own would leave holes between what stays.
+        unpacked = base.weight.in_scratch
+        a, b = INITIALIZATIONS[settings.init](Start(unpacked, shape, rank, scale, generator))
+        magnitude = torch.linalg.vector_norm(unpacked(), dim=1) if settings.dora else None
         layer = cls(base, Factors(a.contiguous(), b.contiguous(), scale, magnitude), settings.dropout)
         if settings.init in FROM_WEIGHT:
             layer.initial = layer.lora_A.detach().clone(), layer.lora_B.detach().clone()

@@ -12,7 +12,7 @@ from edgelora.models.predictor import to_tensors
 from edgelora.train.batches import split
 from edgelora.train.loop import Job
 
-MOST_STEPS = 32  # steps whose rows are looked at, at most: directions that have not converged by then are taken as they are
+MOST_STEPS = 16  # steps whose rows are looked at, at most: directions that have not converged by then are taken as they are
 
 
 def observe(job: Job) -> None:
