@@ -18,6 +18,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -112,6 +113,8 @@ def measure(arguments: argparse.Namespace, results: Results) -> None:
 
 
 def main() -> None:
+    # SIGTERM as Ctrl-C: the running child ends, and the cgroup is removed.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     arguments = parse()
     to_stdout = arguments.json_file == "-"
     console.configure(json_output=to_stdout)
