@@ -80,3 +80,18 @@ def test_columns() -> None:
         parse_columns("prompt=mr,completion")
     with pytest.raises(SettingsError, match='column "prompt" is mapped twice, to "a" and "b"'):
         parse_columns("prompt=a,prompt=b")
+
+
+def test_tables_of_numbers_are_checked_item_by_item() -> None:
+    values = {"rank_pattern": {"q_proj": 16}, "alpha_pattern": {"v_proj": 3}, "init": "pissa"}
+    config = replace(FinetuneConfig(), values, where="x")
+    assert (config.rank_pattern, config.alpha_pattern) == ({"q_proj": 16}, {"v_proj": 3.0})
+    wrong = {"rank_pattern": {"q_proj": 0}, "alpha_pattern": {"v_proj": "3"}, "loraplus_ratio": 0.5, "init": "gauss"}
+    with pytest.raises(SettingsError) as caught:
+        replace(FinetuneConfig(), wrong, where="x")
+    assert caught.value.message.splitlines()[1:] == [
+        "  \"rank_pattern\" is {'q_proj': 0}; allowed: whole numbers in it, at least 1",
+        "  \"alpha_pattern\" is {'v_proj': '3'}; allowed: numbers in it",
+        '  "loraplus_ratio" is 0.5; allowed: at least 1',
+        "  \"init\" is 'gauss'; allowed: kaiming, orthogonal, pissa, olora, eva",
+    ]
