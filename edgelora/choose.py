@@ -139,6 +139,11 @@ def candidates(situation: Situation, line: Line) -> Iterator[Settings]:
                 )  # fmt: skip
 
 
+def given_up(settings: Settings) -> tuple[bool, bool, bool]:
+    """Return what of the later lines settings give up, the last line first."""
+    return settings.stream, settings.optimizer_bits < 32, settings.keep_in_file
+
+
 def base_bits(shape: ModelShape, config: FinetuneConfig) -> tuple[int, ...]:
     """Return the bits of the frozen weights to try; a model that is on the grid already has its own."""
     if config.base_bits is not None:

@@ -19,7 +19,9 @@ STREAMED_BLOCKS = 3  # the one in use, the one read ahead, and the one that is b
 
 # Fitted to runs of SmolLM2 and MiniLM: what torch's kernels, threads and allocator take beyond the tensors themselves.
 WARM_KERNELS = 45 << 20
-ALLOCATOR = 1.05  # freed blocks that the C allocator keeps
+# What freed blocks leave between those in use, in the C allocator's heap: bf16 copies are made beside what they replace.
+ALLOCATOR = {32: 1.13, 16: 1.5}
+ROUNDING = 64 << 20  # what the temporaries of rounding leave in the heap where training is on the grid
 LOADING = 32 << 20  # rows of a tensor while they are quantized (models/base_file.py)
 ENCODER_MODULES = 150 << 20  # transformers' modelling code, imported for encoders only
 
@@ -83,17 +85,12 @@ def memory_parts(
         "base weights": resident_base_bytes(shape, settings),
         "adapters and optimizer": trained,
         "rounded weights": rounded_bytes(shape, settings),
-        "activations": round(ALLOCATOR * found.activations * kept),
+        "activations": round(found.activations * ALLOCATOR[settings.keep_bits] * kept),
         "unpacking buffer": buffer,
     }
     # While a tensor is quantized nothing of a training step exists yet: only what is above it counts.
     parts["loading, above that"] = max(0, LOADING - trained - parts["activations"] - buffer)
     return parts
-
-
-def step_bytes(shape: ModelShape, settings: Settings, piece: Piece) -> int:
-    """Return what one piece takes beside what is there between steps: what a probe can measure."""
-    return round(ALLOCATOR * activation_bytes(shape, settings, piece))
 
 
 def trained_bytes(shape: ModelShape, settings: Settings) -> int:
@@ -110,7 +107,7 @@ def rounded_bytes(shape: ModelShape, settings: Settings) -> int:
     """Return the bytes of the adapted layers' rounded weights."""
     if settings.grid_bits is None:
         return 0
-    return round(adapted_weights(shape, settings) * bytes_per_weight(settings.grid_bits))
+    return round(adapted_weights(shape, settings) * bytes_per_weight(settings.grid_bits)) + ROUNDING
 
 
 def base_bytes(shape: ModelShape, bits: int) -> int:

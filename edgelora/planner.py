@@ -52,15 +52,17 @@ class Planner:
         return dataclasses.replace(self, situation=situation, rate=rate)
 
     def again(self, before: Choice) -> tuple[Plan, Choice]:
-        """Return the plan with the frozen weights as they are loaded already, or another where nothing else fits."""
-        settings = before.settings
-        config = dataclasses.replace(self.situation.config, base_bits=settings.base_bits)
-        if settings.optimizer_bits != 32:
-            config = dataclasses.replace(config, optimizer_bits=settings.optimizer_bits)
-        chosen, _, _ = choose.choose(dataclasses.replace(self.situation, config=config), self.budget)
-        if chosen is None or chosen.settings.stream != settings.stream:
-            return self.plan()
-        return self.complete(chosen, choose.choose(self.situation, self.budget)[1]), chosen
+        """Return the plan with the frozen weights as they are loaded already, where that gives up no more than before; else
+        another one."""
+        plan, chosen = self.plan()
+        old = before.settings
+        if (chosen.settings.base_bits, chosen.settings.stream) == (old.base_bits, old.stream):
+            return plan, chosen
+        config = dataclasses.replace(self.situation.config, base_bits=old.base_bits)
+        loaded, _, _ = choose.choose(dataclasses.replace(self.situation, config=config), self.budget)
+        if loaded is None or choose.given_up(loaded.settings) > choose.given_up(old):
+            return plan, chosen
+        return self.complete(loaded, choose.choose(self.situation, self.budget)[1]), loaded
 
     def complete(self, chosen: Choice, wanted: Choice) -> Plan:
         situation, settings, work = self.situation, chosen.settings, self.situation.work

