@@ -33,6 +33,7 @@ FAMILIES = ("llama", "mistral", "gemma2", "gpt2", "smollm3", "qwen3")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Tiny models at 4 bits with adapters that act; Mistral and Gemma 2 have windows of 5, Gemma 2 caps its scores too."""
     root, found = tmp_path_factory.mktemp("models"), {}
+    torch.manual_seed(0)
     for family in FAMILIES:
         model = load_decoder(open_model(str(save_decoder(root / family, family))), base_bits=4)
         for layer in inject.attach(model, LoRASettings(rank=2), "all-linear").values():
@@ -111,7 +112,7 @@ def test_gradients_stay_in_their_document(layout: str, family: str, models: dict
     wanted = {name: torch.stack([gradients[name] for _, gradients in alone]).sum(0) for name in adapters}
     largest = max(float(gradient.abs().max()) for gradient in wanted.values())
     for name, found in adapters.items():  # those of q and k are zero where a document has one token
-        close = GRADIENT_RELATIVE * max(float(wanted[name].abs().max()), 1e-3 * largest)
+        close = GRADIENT_RELATIVE * max(float(wanted[name].abs().max()), 1e-2 * largest)
         assert float((found - wanted[name]).abs().max()) < close, name
     only = [weight * (i == 1) for i, weight in enumerate(weights)]
     rows, _ = backward(model, pages, only, monkeypatch)
