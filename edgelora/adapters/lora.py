@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from edgelora.adapters.initialize import FROM_WEIGHT, INITIALIZATIONS, Start, from_pattern
-from edgelora.models.linear import write
 from edgelora.models.linear_group import LinearGroup, linears
 from edgelora.quant.grid import QuantizedTensor, quantize
 
@@ -205,13 +204,9 @@ class LoRA(nn.Module):
         """Return the parameters themselves, and how they act, unless the adapter is switched off."""
         return (Factors(self.lora_A, self.lora_B, self.scale), self.factors) if self.enabled else None
 
-    @torch.no_grad()
-    def fill(self, rows: Tensor) -> None:
-        """Write the frozen weight, or on the grid Q(W0 + s·BA), to `rows` `[N, at least K]` of an unpacking buffer."""
-        if self.apart:
-            self.base.fill(rows)
-        else:
-            write(self.rounded(), rows)
+    def weight_data(self) -> Tensor | QuantizedTensor:
+        """Return the frozen weight `[N, K]` as it is stored, or on the grid Q(W0 + s·BA)."""
+        return self.base.weight_data() if self.apart else self.rounded()
 
     def _rescale(self, base_TN: Tensor, low_TR: Tensor, magnitude_N: Tensor) -> Tensor:
         """DoRA: (x W0ᵀ + s·x AᵀBᵀ) · m / ‖W0 + s·BA‖ + bias, the norm taken as a constant (the paper's section 4.3)."""

@@ -63,10 +63,6 @@ class FrozenWeight:
         """Return fp32 `[N, K]`: the stored tensor itself at 32 bits, else unpacked into `out` or new memory."""
         return unpacked(self.data, out)
 
-    def fill(self, out: Tensor) -> None:
-        """Write the weight, in fp32, to the first K columns of `out` `[N, at least K]`."""
-        write(self.data, out)
-
     @property
     def row_elements(self) -> int:
         """The elements that a row takes while it is unpacked: K, or on the grid whole blocks."""
@@ -84,12 +80,7 @@ class FrozenWeight:
 
     def tile(self, start: int, stop: int) -> Tensor:
         """Return fp32 rows `[stop - start, K]`, in the scratch buffer unless stored in 32 bits."""
-        if isinstance(self.data, QuantizedTensor):
-            part: Tensor | QuantizedTensor = QuantizedTensor(
-                self.data.codes[start:stop], self.data.scales[start:stop], *self._grid()
-            )
-        else:
-            part = self.data[start:stop]
+        part = part_of(self.data, start, stop)
         return unpacked(part, scratch(_padded(part)))
 
     def in_scratch(self) -> Tensor:
@@ -115,6 +106,13 @@ def unpacked(data: Tensor | QuantizedTensor, out: Tensor | None = None) -> Tenso
     if out is None:
         return data.float()
     return out.view(-1)[: data.numel()].view(data.shape).copy_(data)
+
+
+def part_of(data: Tensor | QuantizedTensor, start: int, stop: int) -> Tensor | QuantizedTensor:
+    """Return some rows of a weight, without a copy."""
+    if isinstance(data, Tensor):
+        return data[start:stop]
+    return QuantizedTensor(data.codes[start:stop], data.scales[start:stop], data.bits, data.block_size, data.num_inputs)
 
 
 def write(data: Tensor | QuantizedTensor, rows: Tensor) -> None:
@@ -224,9 +222,9 @@ class FrozenLinear(nn.Module):
     def trained(self) -> None:
         """Return the parameters of its adapter: there is none."""
 
-    def fill(self, rows: Tensor) -> None:
-        """Write the weight to `rows` `[N, at least K]` of an unpacking buffer."""
-        self.weight.fill(rows)
+    def weight_data(self) -> Tensor | QuantizedTensor:
+        """Return the weight `[N, K]` as it is stored."""
+        return self.weight.data
 
     def extra_repr(self) -> str:
         return f"{self.path}, {self.in_features} → {self.out_features}, {self.bits} bits"

@@ -13,7 +13,7 @@ rounding taken as 1, 1308.3432):
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -22,8 +22,11 @@ from torch import Tensor, nn
 
 from edgelora.models import elementwise, gemm
 from edgelora.models.elementwise import Elementwise
-from edgelora.models.linear import FrozenLinear, joined, scratch
-from edgelora.quant.grid import QuantizedTensor, dequantize
+from edgelora.models.linear import FrozenLinear, joined, part_of, scratch, write
+from edgelora.quant.grid import QuantizedTensor
+
+Weight = Tensor | QuantizedTensor
+TILE = 1 << 23  # elements unpacked at once: 32 MB
 
 
 class Factors(Protocol):
@@ -41,7 +44,7 @@ class Member(Protocol):
     """What a group needs of a layer; FrozenLinear and LoRA are members.
 
     trained: the parameters, and how they act: their first rows and columns are the parameters; None without an adapter.
-    apart: whether the adapter's product is added to the weight's, and not part of the weight that `fill` writes.
+    apart: whether the adapter's product is added to the weight's, and not part of `weight_data`, the weight as it is stored.
     """
 
     @property
@@ -51,7 +54,7 @@ class Member(Protocol):
     @property
     def apart(self) -> bool: ...
     def trained(self) -> tuple[Factors, Factors] | None: ...
-    def fill(self, rows: Tensor) -> None: ...
+    def weight_data(self) -> Weight: ...
 
 
 @dataclass(frozen=True)
@@ -126,20 +129,66 @@ class LinearGroup:
             only[:, columns].mul_(counts)
         return Stacked(a, scaled_b, tuple(parts), only)
 
-    def weight(self) -> Tensor:
-        """Return fp32 `[N, K]` without what is apart: the frozen tensor itself, or in the scratch buffer until its next use."""
-        frozen = all(member.apart for member in self.members)
-        if frozen and isinstance(self.whole, Tensor) and self.whole.dtype == torch.float32:
-            return self.whole
-        out = scratch(self.starts[-1] * self.row)[: self.starts[-1] * self.row].view(-1, self.row)
-        if frozen and isinstance(self.whole, QuantizedTensor):
-            return dequantize(self.whole, out)
-        for i, member in enumerate(self.members):
-            member.fill(out[self.starts[i] : self.starts[i + 1]])
-        return out[:, : self.num_inputs]
+    def product(self, h_TK: Tensor) -> Tensor:
+        """Return h Wᵀ `[T, N]`, W without what is apart."""
+        y_TN: Tensor | None = None
+        for rows, weight in self.tiles():
+            part = gemm.linear(h_TK, weight)
+            if part.shape[1] == self.starts[-1]:
+                return part
+            y_TN = h_TK.new_empty(h_TK.shape[0], self.starts[-1]) if y_TN is None else y_TN
+            y_TN[:, rows] = part
+        assert y_TN is not None
+        return y_TN
+
+    def pulled_back(self, grad_TN: Tensor) -> Tensor:
+        """Return g W `[T, K]`, W without what is apart."""
+        dh_TK: Tensor | None = None
+        for rows, weight in self.tiles():
+            part = gemm.linear(grad_TN[:, rows], weight.t())
+            dh_TK = part if dh_TK is None else dh_TK.add_(part)
+        assert dh_TK is not None
+        return dh_TK
+
+    def tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield (rows, fp32 weight of these rows `[n, K]`): frozen tensors as they are, or unpacked in the scratch buffer.
+
+        There they take TILE elements at most, and live until its next use.
+        """
+        joint = self.whole if all(member.apart for member in self.members) else None
+        weights = [member.weight_data() for member in self.members] if joint is None else [joint]
+        first = 0
+        if all(isinstance(weight, Tensor) and weight.dtype == torch.float32 for weight in weights):
+            for weight in weights:
+                yield slice(first, first + weight.shape[0]), cast(Tensor, weight)
+                first += weight.shape[0]
+            return
+        for pieces in packed(weights, max(1, TILE // max(1, self.row))):
+            height = sum(piece.shape[0] for piece in pieces)
+            out, place = scratch(height * self.row)[: height * self.row].view(height, self.row), 0
+            for piece in pieces:
+                write(piece, out[place : place + piece.shape[0]])
+                place += piece.shape[0]
+            yield slice(first, first + height), out[:, : self.num_inputs]
+            first += height
 
     def parameters(self) -> list[Tensor]:
         return [tensor for _, _, parameters, _ in self.trained() for tensor in (parameters.a, parameters.b)]
+
+
+def packed(weights: Sequence[Weight], most: int) -> list[list[Weight]]:
+    """Cut weights into pieces of at most so many rows, and put neighbours together that have no more than that."""
+    packs: list[list[Weight]] = []
+    height = most
+    for weight in weights:
+        for start in range(0, weight.shape[0], most):
+            piece = part_of(weight, start, min(start + most, weight.shape[0]))
+            if height + piece.shape[0] > most:
+                packs.append([])
+                height = 0
+            packs[-1].append(piece)
+            height += piece.shape[0]
+    return packs
 
 
 def _side_by_side(factors: Sequence[Tensor]) -> Tensor:
@@ -156,7 +205,7 @@ class _Linears(torch.autograd.Function):
     ) -> Tensor:
         h, stats = (x, ()) if f is None else f.compute(x)
         scale, unfinished = how
-        y = h.new_empty(h.shape[0], group.starts[-1]) if unfinished else gemm.linear(h, group.weight())
+        y = h.new_empty(h.shape[0], group.starts[-1]) if unfinished else group.product(h)
         low_TR = group.add_adapters(h, None if unfinished else y)
         ctx.group, ctx.f, ctx.scale = group, f, scale
         ctx.save_for_backward(x, low_TR, *stats)
@@ -172,7 +221,7 @@ class _Linears(torch.autograd.Function):
         group, f, outer = ctx.group, ctx.f, grads[0]
         wants_x, wants_residual = ctx.needs_input_grad[:2]
         grad = outer if ctx.scale == 1.0 else outer * ctx.scale
-        dx = gemm.linear(grad, group.weight().t()) if wants_x else None
+        dx = group.pulled_back(grad) if wants_x else None
         stacked, trained = group.stacked(), []
         if stacked is not None:
             pulled_TR = gemm.linear(grad, stacked.scaled_b.t())
