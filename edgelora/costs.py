@@ -14,6 +14,7 @@ from edgelora.shape import ModelShape
 FP32 = 4
 BLOCK_SIZE = 32
 TILE_ROWS, TILE_LOGITS = 2048, 1 << 20  # models/head.py
+TILE = 1 << 23  # models/linear_group.py: elements unpacked at once
 MOMENT_BYTES = {32: 4.0, 8: 1.03}  # AdamW's two moments: 8 bits have one fp32 scale in 128 values or more
 STREAMED_BLOCKS = 3  # the one in use, the one read ahead, and the one that is being dropped
 
@@ -181,7 +182,7 @@ def loss_bytes(shape: ModelShape, piece: Piece) -> int:
 
 def unpack_bytes(shape: ModelShape, settings: Settings) -> int:
     """Return the one fp32 buffer that a group of layers, or a tile of the head, is unpacked into, and its codes' copies."""
-    group, tile = shape.largest_group, 0 if shape.encoder else min(TILE_ROWS, shape.vocab) * shape.hidden
+    group, tile = min(shape.largest_group, TILE), 0 if shape.encoder else min(TILE_ROWS, shape.vocab) * shape.hidden
     whole = settings.base_bits == 32 and shape.merged_bytes is None
     # Of 32-bit weights nothing is unpacked; codes become bytes first (quant/grid.py): two buffers of them for 4 bits.
     bits = settings.grid_bits or settings.base_bits
