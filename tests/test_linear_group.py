@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 
 from edgelora.adapters.lora import LoRA, LoRASettings
-from edgelora.models import gemm
+from edgelora.models import gemm, linear_group
 from edgelora.models.elementwise import Activation, Elementwise, FrozenNorm, apply
 from edgelora.models.linear import FrozenLinear
 from edgelora.models.linear_group import LinearGroup, linears
@@ -193,3 +193,10 @@ def test_activations_and_norms_by_themselves(kind: str, gated: bool) -> None:
         (found,) = torch.autograd.grad(y, x, incoming)
         assert torch.equal(incoming, before)  # `gradient` may overwrite what it gets, but not what is another's
         assert relative(found, torch.autograd.grad(wanted, x, incoming)[0]) < GRADIENT_RELATIVE
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("rows", [1, 10, 33])
+def test_weights_unpacked_piece_by_piece(group: str, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_group, "TILE", rows * 64)
+    check(GROUPS[group](4), BEFORE["rms"], 5, residual=True, pull=weighted)
