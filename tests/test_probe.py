@@ -16,7 +16,7 @@ import torch
 from tiny import save_decoder
 from tolerances import PLAN_PEAK_RELATIVE
 
-from edgelora import costs, speed
+from edgelora import choose, costs, speed
 from edgelora.adapters import inject
 from edgelora.adapters.lora import LoRASettings
 from edgelora.config import FinetuneConfig
@@ -146,7 +146,7 @@ def test_a_run_that_would_not_fit_shrinks_before_its_first_step(made: tuple[Plan
         planner, situation=dataclasses.replace(planner.situation, work=dataclasses.replace(work, largest=large))
     )
     plan, choice = planner.plan()
-    tight = dataclasses.replace(planner, budget=round(choice.peak * 1.03))
+    tight = dataclasses.replace(planner, budget=round(choice.peak / choose.MARGIN) + 1)
     assert tight.plan()[1].settings == choice.settings
     more, better = tight.corrected(Correction(20 * MB, 1.1), 1.0).again(choice)
     assert more.predicted_peak_mb * MB <= tight.budget
