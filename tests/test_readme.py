@@ -6,22 +6,28 @@ import ast
 import dataclasses
 import importlib
 import importlib.util
+import json
 import re
 import shlex
+import sys
 import tomllib
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import click
 import pytest
 import tiny
 
 from edgelora.cli.main import cli
-from edgelora.config import FinetuneConfig, load_toml
+from edgelora.config import FinetuneConfig, load_toml, replace
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "examples" / "README.md"]
 README = PAGES[0].read_text(encoding="utf-8")
+sys.path.insert(0, str(ROOT / "tools"))  # where the page's generator lies; it is no part of the package
+
+import readme_training  # noqa: E402
 
 
 def code_blocks(text: str, language: str) -> list[str]:
@@ -69,8 +75,8 @@ def test_every_verb_has_its_help_on_the_page() -> None:
 
 def test_scripts_that_are_named_exist_and_can_be_run() -> None:
     scripts = {line.split()[0] for line in commands(README) if line.startswith("./")}
-    assert scripts == {"./tools/test", "./tools/check"}
-    for script in (*scripts, "./tools/quickstart", ".ci/run"):
+    assert scripts == {"./tools/test", "./tools/check", "./tools/bench_training"}
+    for script in (*scripts, "./tools/quickstart", "./tools/bench_kills", ".ci/run"):
         text = (ROOT / script).read_text(encoding="utf-8")
         assert text.startswith("#!/usr/bin/env bash\n")
         assert "set -euo pipefail" in text
@@ -124,5 +130,119 @@ def test_file_map_and_links_lead_somewhere() -> None:
 
 
 def test_file_map_is_complete() -> None:
-    parts = [path for path in (ROOT / "edgelora").iterdir() if path.is_dir() and (path / "__init__.py").is_file()]
-    assert [path.name for path in parts if f"| `edgelora/{path.name}/` |" not in README] == []
+    parts = [f"{path.name}/" for path in (ROOT / "edgelora").iterdir() if (path / "__init__.py").is_file()]
+    parts += [path.name for path in (ROOT / "edgelora").glob("*.py") if not path.name.startswith("__")]
+    assert [name for name in parts if f"| `edgelora/{name}` |" not in README] == []
+
+
+def test_methods_are_settings_and_papers_are_those_of_the_code() -> None:
+    source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "edgelora").rglob("*.py"))
+    papers = re.findall(r"https://arxiv\.org/abs/([\d.]+)\)", README)
+    assert len(papers) == 9
+    assert [number for number in papers if f"arXiv {number}" not in source] == []
+    (table,) = re.findall(r"^\| setting \|.*?\n\n", README, re.DOTALL | re.MULTILINE)
+    shown = [tomllib.loads(line) for line in re.findall(r"`(\w+ = [^`]+)`", table)]
+    assert {"init", "rslora", "dora", "loraplus_ratio", "rank_pattern", "optimizer_bits"} <= {
+        key for row in shown for key in row
+    }
+    for row in shown:
+        replace(FinetuneConfig(), row, where="README")
+    (field,) = [field for field in dataclasses.fields(FinetuneConfig) if field.name == "init"]
+    assert {row["init"] for row in shown if "init" in row} | {field.default} == set(field.metadata["choices"])
+
+
+def test_the_budget_and_the_cache_are_told_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgelora.choose import MARGIN
+    from edgelora.models import base_file
+
+    assert "leaves a few per cent of it free" in README
+    assert 0.93 <= MARGIN < 1
+    assert f"`EDGELORA_BASE_CACHE_GB` ({base_file.CACHE_GB:g})" in README
+    monkeypatch.setenv("EDGELORA_BASE_CACHE", "elsewhere")
+    monkeypatch.setenv("EDGELORA_BASE_CACHE_GB", "3")
+    assert (base_file.cache_folder(), base_file.cache_bytes()) == (Path("elsewhere"), 3 << 30)
+
+
+def results_file(path: Path, parts: dict[str, Any], **machine: Any) -> Path:
+    """Write results as tools/bench_training does, of a machine that is known."""
+    facts = {"processor": "AMD EPYC", "architecture": "x86_64", "physical_cores": 2, "ram_mb": 24105, "commit": "abc"}
+    facts["packages"] = {"edgelora": "0.1.0", "torch": "2.13.0", "peft": None}
+    runs: dict[str, Any] = {
+        f"speed/smollm2/8/EdgeLoRA fp32, 1/4/{repeat}": {"plan": {"base_bits": 16}} for repeat in range(3)
+    } | {"speed/smollm2/8/warm-up": {}}
+    runs["speed/smollm2/8/EdgeLoRA int4, no limit/0"] = {"plan": {"base_bits": 8}}
+    path.write_text(json.dumps({"machine": facts | machine, "runs": runs, "parts": parts}), encoding="utf-8")
+    return path
+
+
+def test_what_training_costs_is_condensed(tmp_path: Path) -> None:
+    """The rows are made by the benchmark's own code, so that a column it renames is missed here."""
+    pytest.importorskip("resource")
+    from training_bench import curve, limits, predictions, rate, speed
+
+    from edgelora.train import on_grid
+
+    done = {"outcome": "done", "peak_tree_mb": 1.0, "peak_anonymous_mb": 300.4, "ram_mb": None}
+    runs = {
+        "PEFT": [{**done, "tokens_per_s": 80.04, "peak_rss_mb": 2290.0}],
+        "PEFT, random order": [{**done, "tokens_per_s": 60.0, "peak_rss_mb": 2290.0}],
+        "EdgeLoRA fp32, 1/4": [{**done, "tokens_per_s": 180.0, "peak_rss_mb": 560.0, "ram_mb": 572}],
+        "EdgeLoRA int4, no limit": [{**done, "tokens_per_s": 160.0, "peak_rss_mb": 900.0}],
+        "EdgeLoRA int4, 1/4": [{**done, "outcome": "refused", "ram_mb": 572, "message": "too little"}],
+    }
+    step = {"outcome": "done", "peak_rss_mb": 95.0, "step_seconds": [1.0, 2.0], "others_busy": 0.0}
+    planned = [predictions.row_of("x", {**step, "predicted": {"peak_mb": mb, "seconds": 2.5}}) for mb in (100.0, 94.0)]
+    work = {"operations": 3e11, "operations_without_down": 2.4e11, "work": {"recomputed": 0.5}}
+    rates = [{"gflops": 200.0, "best_gflops": 300.0}] * 2
+    curve_row = {"what": "smollm2, 40 steps", **curve.compare([2.0, 1.005], [2.0, 1.0])}
+    limit = {"what": "qwen-0.5b in 700 MB", "outcome": "done", "cgroup MB": 700, "s/step inside": 2.504, "s/step free": 1.0}
+    first = results_file(tmp_path / "a.json", {
+        "speed/smollm2": speed.summary(runs),
+        "curve/smollm2": curve_row,
+        "plan/smollm2": [*planned, predictions.row_of("y", {"outcome": "refused", "message": "too little"})],
+        "plan/worst": {"settings": 3},
+        "rate/smollm2": [rate.row_of("int4, --ram 572MB", {**step, **work, "rates": rates})],
+        "cgroup/qwen-0.5b": [{**limit, "s/step inside": 9.9}],
+    })  # fmt: skip
+    killed = {"outcome": "killed", "step_seconds": []}
+    smallest = limits.smallest("qwen-0.5b: PEFT", killed, lambda limit: killed, None, None)  # type: ignore[arg-type]
+    second = results_file(tmp_path / "b.json", {
+        "cgroup/qwen-0.5b": [limit, smallest],
+        "budgets/smollm2": [{"outcome": "done", "held": True, "in a cgroup": "done"}, {"outcome": "refused", "held": None}],
+    }, commit="def")  # fmt: skip
+    found = readme_training.condense([first, second])
+    assert found["machine"] == "2 cores of AMD EPYC, x86_64, 24 GB; torch 2.13.0"
+    tables = dict(readme_training.tables(json.loads(json.dumps(found))))
+    assert [title.split("**")[1].split()[0] for title in tables] == ["Speed", "Memory", "Share", "Loss", "Random", "`edgelora"]
+    speeds, limits_rows, rates_rows, losses, tried, plan = tables.values()
+    assert "SmolLM2-135M" in next(iter(tables))
+    assert "8 steps after the first, median of 3 runs" in next(iter(tables))
+    assert [list(row.values())[1:] for row in speeds] == [
+        ["–", "–", "done", 80.0, 1.0, 2290, 300], [572, 16, "done", 180.0, 2.25, 560, 300],
+        ["–", 8, "done", 160.0, 2.0, 900, 300], [572, "–", "refused", "–", "–", "–", "–"],
+    ]  # fmt: skip
+    assert speeds[2]["run"] == "EdgeLoRA, on the int4 grid, no limit"
+    assert readme_training.trained_for("int4", 4) == "for int4, rounded after training"
+    assert readme_training.GRID_BITS == on_grid.LEAST_BASE_BITS
+    assert [(row["outcome"], row["s/step inside"]) for row in limits_rows] == [("done", 2.5), ("killed", "–")]
+    assert (rates_rows[0]["share, %"], rates_rows[0]["without recomputed down projections, %"]) == (75, 60)
+    assert losses[0]["largest relative difference, %"] == 0.5
+    assert tried[0] == {"tried": 2, "refused": 1, "also ended in a cgroup of that size": 1, "above `--ram`, or killed": 0}
+    assert list(plan[0].values()) == ["SmolLM2-135M", 2, 1, -5.0, 3.0, 20.0, 20.0]
+
+
+def test_what_was_not_measured_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = results_file(tmp_path / "a.json", {"curve/smollm2": [], "plan/worst": {"settings": 0}})
+    found = readme_training.condense([file])
+    assert list(found) == ["machine"]
+    assert readme_training.tables(found) == []
+    other = results_file(tmp_path / "b.json", {}, processor="Intel Xeon")
+    with pytest.raises(SystemExit, match="has another processor than the first file"):
+        readme_training.condense([file, other])
+    other.write_text("{}", encoding="utf-8")
+    with pytest.raises(SystemExit, match="is no results file of tools/bench_training"):
+        readme_training.condense([other])
+    page = generator()
+    monkeypatch.setattr(page, "TRAINING", tmp_path / "none.json")
+    assert "Run `./tools/bench_training`" in page.training()
+    assert page.markdown_table([{"a": "–", "b": "x"}, {"a": 1, "b": "–"}]).splitlines()[1] == "| ---: | --- |"

@@ -1,8 +1,9 @@
-"""Write the generated blocks of README.md: tasks, help, settings, and the figures that the quickstart measured.
+"""Write the generated blocks of README.md: tasks, help, settings, and what quickstart and training benchmark measured.
 
     python tools/readme.py                                       # rewrite the blocks
     python tools/readme.py --check                               # exit code 1 where README.md is stale
     python tools/readme.py --measured quickstart/report.json     # keep new figures in tools/readme_figures.json, then rewrite
+    python tools/readme.py --training results.json …             # the same with tools/bench_training's, readme_training.json
 
 A block is everything between `<!-- generated: NAME -->` and `<!-- end -->`.
 """
@@ -20,22 +21,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import readme_training
+
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 FIGURES = ROOT / "tools" / "readme_figures.json"
+TRAINING = ROOT / "tools" / "readme_training.json"
 BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def markdown_table(rows: list[dict[str, object]]) -> str:
-    """Return rows as a Markdown table; numbers are right-aligned."""
+    """Return rows as a Markdown table; numbers are right-aligned, and a dash that stands for one."""
     names = list(rows[0])
-    rules = ["---:" if all(isinstance(row[name], int | float) for row in rows) else "---" for name in names]
+    rules = ["---:" if all(isinstance(row[name], int | float) or row[name] == "–" for row in rows) else "---" for name in names]
     lines = [names, rules, *([str(row[name]).replace("|", "\\|") for name in names] for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def figures() -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.is_file() else {}
+def figures(path: Path = FIGURES) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return content
 
 
@@ -55,6 +59,17 @@ def results() -> str:
     ]
     head = f"SmolLM2-135M-Instruct, home commands → JSON calls, as `./tools/quickstart` measured it on {found['machine']}:"
     return "\n\n".join([head, markdown_table(found["quality"]), markdown_table(rows)])
+
+
+def training() -> str:
+    """What training costs beside its peer, as the benchmark measured it."""
+    found = figures(TRAINING)
+    if not found:
+        return "Run `./tools/bench_training`, as below: it prints the tables of your machine and keeps them as JSON."
+    parts = [f"As `./tools/bench_training` measured it on {found['machine']}:"]
+    for title, rows in readme_training.tables(found):
+        parts += [title, markdown_table(rows)]
+    return "\n\n".join(parts)
 
 
 def session() -> str:
@@ -134,7 +149,7 @@ def settings() -> str:
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
-    "results": results, "session": session, "tasks": tasks, "help": help_text, "settings": settings,
+    "results": results, "training": training, "session": session, "tasks": tasks, "help": help_text, "settings": settings,
 }  # fmt: skip
 
 
@@ -147,9 +162,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
     parser.add_argument("--measured", type=Path, help="the report that the quickstart wrote")
+    parser.add_argument("--training", type=Path, nargs="+", metavar="FILE", help="results of tools/bench_training; merged")
     arguments = parser.parse_args()
     if arguments.measured:
         shutil.copyfile(arguments.measured, FIGURES)
+    if arguments.training:
+        condensed = json.dumps(readme_training.condense(arguments.training), indent=1, ensure_ascii=False)
+        TRAINING.write_text(condensed + "\n", encoding="utf-8", newline="\n")
     before = README.read_text(encoding="utf-8")
     after = generate(before)
     if arguments.check and before != after:
