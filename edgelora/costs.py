@@ -20,9 +20,8 @@ STREAMED_BLOCKS = 3  # the one in use, the one read ahead, and the one that is b
 
 # Fitted to runs of SmolLM2 and MiniLM: what torch's kernels, threads and allocator take beyond the tensors themselves.
 WARM_KERNELS = 45 << 20
-# What freed blocks leave between those in use, in the C allocator's heap: bf16 copies are made beside what they replace.
-ALLOCATOR = {32: 1.13, 16: 1.5}
-ROUNDING = 64 << 20  # what the temporaries of rounding leave in the heap where training is on the grid
+ALLOCATOR = {32: 1.13, 16: 1.13}  # what freed blocks leave between those in use, in the C allocator's heap
+ROUNDING = 32 << 20  # what the temporaries of rounding leave in the heap where training is on the grid
 LOADING = 32 << 20  # rows of a tensor while they are quantized (models/base_file.py)
 ENCODER_MODULES = 150 << 20  # transformers' modelling code, imported for encoders only
 

@@ -18,9 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from edgelora.adapters import inject
 from edgelora.adapters.lora import LoRASettings
 from edgelora.errors import MachineError
-from edgelora.models import gemm, recompute
+from edgelora.models import gemm, recompute, slab
 from edgelora.models.load import load_model
 from edgelora.models.recompute import ALL, Keeping, Shelf
+from edgelora.models.slab import Slab
 from edgelora.models.source import open_model
 
 FAMILIES = ("llama", "gpt2", "gemma2", "qwen3", "bert")
@@ -229,6 +230,13 @@ def test_a_kept_block_keeps_what_the_planner_counts(family: str, tmp_path: Path)
     assert 4 * values <= kept <= 4 * (values + small), (kept / 4, values)
 
 
+@pytest.fixture
+def separate_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let what a slab holds be tensors of their own, so that they can be counted."""
+    monkeypatch.setattr(Slab, "put", lambda _, x, dtype: x.to(dtype, copy=True))
+
+
+@pytest.mark.usefixtures("separate_copies")
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_a_recomputed_block_keeps_its_input_alone(family: str, tmp_path: Path) -> None:
     for keeping, size in ((Keeping(0), 4), (Keeping(0, 16), 2), (Keeping(0, 32, tmp_path / "inputs"), 0)):
@@ -236,8 +244,28 @@ def test_a_recomputed_block_keeps_its_input_alone(family: str, tmp_path: Path) -
         assert kept == size * spec.hidden_size
 
 
+@pytest.mark.usefixtures("separate_copies")
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_block_kept_in_bf16_keeps_half(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recompute, "MOST_HEADS", 4)
     kept, spec = kept_per_token(tmp_path, family, Keeping(ALL, 16))
     assert kept <= 2 * values_of(spec) + 4 * (16 + 2 * spec.num_heads)
+
+
+def test_a_slab_lends_its_chunks_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slab, "CHUNK", 4096)
+    slab.release()
+    first = Slab()
+    places = [first.put(torch.full((300,), float(i)), torch.float32) for i in range(6)]
+    assert [float(place[0]) for place in places] == [0, 1, 2, 3, 4, 5]
+    assert len({place.untyped_storage().data_ptr() for place in places}) == 2
+    large = first.put(torch.ones(2000), torch.float32)
+    assert large.untyped_storage().nbytes() == 8000
+    lent = {place.untyped_storage().data_ptr() for place in places}
+    del places, first
+    second = Slab()
+    again = second.put(torch.ones(3, 5).t(), torch.bfloat16)
+    assert again.untyped_storage().data_ptr() in lent
+    assert again.shape == (5, 3)
+    assert again.is_contiguous()
+    slab.release()

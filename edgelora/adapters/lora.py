@@ -224,12 +224,13 @@ class LoRA(nn.Module):
         return self._norms[1]
 
     def rounded(self) -> QuantizedTensor:
-        """Return the merged weight on the grid, rounded once after each change of A and B. Needs `grid`."""
+        """Return the merged weight on the grid, rounded once after each change of A and B, in the same memory. Needs `grid`."""
         assert self.grid is not None
         versions = (self.lora_A._version, self.lora_B._version)
         if self._rounded is None or self._rounded[0] != versions:
-            with torch.no_grad():
-                self._rounded = versions, quantize(self.merge(), *self.grid)
+            with torch.inference_mode(False), torch.no_grad():
+                last = self._rounded[1] if self._rounded is not None and self._rounded[1].bits == self.grid[0] else None
+                self._rounded = versions, quantize(self.merge(), *self.grid, into=last)
         return self._rounded[1]
 
     def delta(self) -> Tensor:

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from edgelora.errors import MachineError
+from edgelora.models import slab
+from edgelora.models.slab import Slab
 
 ALL = 1 << 30
 MOST_HEADS = 64  # a tensor with so few numbers a token, attention's log-sum-exp among them, is not worth rounding
@@ -54,7 +56,10 @@ class Keeping:
 
     def shelf(self, hidden: Tensor) -> Shelf | None:
         """Return where the inputs of one forward pass go; None where there will be no backward."""
-        return Shelf(self.bits, self.file, hidden.shape) if torch.is_grad_enabled() else None
+        if torch.is_grad_enabled():
+            return Shelf(self.bits, self.file, hidden.shape)
+        slab.release()
+        return None
 
     def block(
         self, block: nn.Module, calls: Calls, hidden: Tensor, index: int, count: int, shelf: Shelf | None,
@@ -71,7 +76,7 @@ class Keeping:
             with torch.no_grad():
                 out = calls.forward(hidden)
         elif index >= count - self.kept_blocks:
-            with nullcontext() if self.bits == 32 else _Bf16(hidden.numel() // hidden.shape[-1] * MOST_HEADS):
+            with nullcontext() if self.bits == 32 else _Bf16(shelf.slab, hidden.numel() // hidden.shape[-1] * MOST_HEADS):
                 out = calls.forward(hidden)
         else:
             recall = _Recall(calls, shelf, index, block.training and _draws(block), stream)
@@ -111,14 +116,15 @@ class Shelf:
     def __init__(self, bits: int, file: Path | None, shape: torch.Size) -> None:
         self.dtype = torch.float32 if bits == 32 else torch.bfloat16
         self.shape = shape
+        self.slab = Slab()
         self.file = None if file is None else file.open("w+b", buffering=0)
         if self.file is not None:
             weakref.finalize(self, self.file.close)
 
     def put(self, place: int, x: Tensor) -> Tensor | int:
-        stored = x.to(self.dtype)
         if self.file is None:
-            return stored
+            return self.slab.put(x, self.dtype)
+        stored = x.to(self.dtype)
         self.file.seek(place * stored.nbytes)
         left = memoryview(_bytes(stored))
         while len(left):  # a disk that is almost full, or a system with a limit, writes a part; a full one raises
@@ -172,7 +178,7 @@ class _Recompute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        recall = ctx.recall
+        recall, ctx.recall = ctx.recall, None  # its shelf is free for the next pass as soon as this one is done
         if recall.stream is not None:
             recall.stream.enter(recall.place)
         x = recall.shelf.take(ctx.ticket).detach().requires_grad_(ctx.wants_x)
@@ -198,7 +204,7 @@ class _Bf16(saved_tensors_hooks):
     functions save, they share here too.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, slab: Slab, most: int) -> None:
         kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
         def pack(x: Tensor) -> Any:
@@ -207,13 +213,13 @@ class _Bf16(saved_tensors_hooks):
             flat = x.detach().as_strided((x.numel(),), (1,))
             key = x.data_ptr(), x.numel()
             if key not in kept:
-                kept[key] = flat, flat.bfloat16()
-            return kept[key][1], x.shape, x.stride()
+                kept[key] = flat, slab.put(flat, torch.bfloat16)
+            return kept[key][1], x.shape, x.stride(), slab
 
         def unpack(stored: Any) -> Tensor:
             if isinstance(stored, Tensor):
                 return stored
-            values, shape, strides = stored
+            values, shape, strides, _ = stored
             whole: Tensor = values.float()
             return whole.as_strided(shape, strides)
 

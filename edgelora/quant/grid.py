@@ -39,16 +39,19 @@ class QuantizedTensor:
         return self.codes.numel() + 4 * self.scales.numel()
 
 
-def quantize(weight_NK: Tensor, bits: int, block_size: int) -> QuantizedTensor:
-    """Round a weight `[N, K]` to nearest on the grid. This is the only rounding in EdgeLoRA.
+def quantize(weight_NK: Tensor, bits: int, block_size: int, into: QuantizedTensor | None = None) -> QuantizedTensor:
+    """Round a weight `[N, K]` to nearest on the grid, in the memory of `into` if given. The only rounding in EdgeLoRA.
 
     The scale of a block is its signed extreme / -2^(bits-1): the value of largest magnitude is hit exactly, and the
     one code more that the negative side has is always used, so a scale may be negative.
     """
     num_outputs, num_inputs = weight_NK.shape
     num_blocks = -(-num_inputs // block_size)
-    codes = torch.empty(num_outputs, num_blocks, block_size * bits // 8, dtype=torch.uint8)
-    scales = torch.empty(num_outputs, num_blocks)
+    if into is None:
+        codes = torch.empty(num_outputs, num_blocks, block_size * bits // 8, dtype=torch.uint8)
+        scales = torch.empty(num_outputs, num_blocks)
+    else:
+        codes, scales = into.codes, into.scales
     # Some rows at a time: the temporaries stay small beside an embedding of 49,152 rows.
     step = max(1, ROUNDED_AT_ONCE // max(num_inputs, 1))
     for start in range(0, num_outputs, step):

@@ -159,7 +159,8 @@ def correct(planner: Planner, choice: Choice, found: Sequence[Measured]) -> tupl
     # The formulas' parts without activations, as they are while the probe runs: the optimizer has no moments yet.
     resident = sum(size for name, size in choice.parts.items() if name not in ("activations", "loading, above that"))
     resident -= costs.moment_bytes(shape, settings) + planner.situation.correction.fixed
-    fixed = large.peak - round(slope * kept[1]) - resident
+    # Where a memory cgroup already takes pages back, less is resident than is needed: that is no reason to plan for less.
+    fixed = max(large.peak - round(slope * kept[1]) - resident, -costs.WARM_KERNELS)
     return Correction(fixed, slope), pace(planner, choice, small, large)
 
 
