@@ -3,11 +3,11 @@
 What the user left open shrinks in this order, and a later line is looked at only when nothing of the earlier ones fits:
 
 1. rows computed at once, blocks computed again in backward (one by one, the first ones first), keeping in bf16, bits of the
-   frozen weights: among these the fastest counts, and of two within a hundredth the one with more bits and more rows
+   frozen weights, streaming (they are dropped from memory after each use and read again): among these the fastest counts, and
+   of two within a hundredth the one with more bits and more rows
 2. training on the grid that ships, which needs frozen weights of at least 8 bits: 4 bits
 3. block inputs in a scratch file
 4. moments of the optimizer in 8 bits
-5. streaming: frozen weights are dropped from memory after each use and read again
 """
 
 from __future__ import annotations
@@ -92,12 +92,12 @@ class Line:
 def lines(config: FinetuneConfig) -> list[list[Line]]:
     """Return the lines of the docstring in order; one that the user's settings rule out gives no candidates."""
     bits = config.optimizer_bits or 8
+    ways = (False, True)
     return [
-        [Line()],
-        [Line(off_grid=True)],
-        [Line(keep_in_file=True), Line(off_grid=True, keep_in_file=True)],
-        [Line(off_grid=True, keep_in_file=keep, optimizer_bits=bits) for keep in (False, True)],
-        [Line(off_grid=True, keep_in_file=keep, optimizer_bits=bits, stream=True) for keep in (False, True)],
+        [Line(stream=stream) for stream in ways],
+        [Line(off_grid=True, stream=stream) for stream in ways],
+        [Line(off_grid=off, keep_in_file=True, stream=stream) for off in ways for stream in ways],
+        [Line(off_grid=True, keep_in_file=keep, optimizer_bits=bits, stream=stream) for keep in ways for stream in ways],
     ]
 
 

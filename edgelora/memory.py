@@ -19,8 +19,10 @@ import ctypes
 import os
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 ENVIRONMENT = "EDGELORA_ALLOCATOR"
+MADV_DONTNEED = 4  # mman.h
 # malloc.h
 TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD, ARENA_MAX = -1, -2, -3, -8
 
@@ -78,6 +80,22 @@ def trim() -> None:
     libc = _glibc()
     if libc is not None:
         libc.malloc_trim(0)
+
+
+def forget_code() -> None:
+    """Give back the pages of libraries' code: most were needed to start up, and what is needed again comes back by itself.
+
+    Executable mappings of files alone: they are never written to, so that nothing can be lost (madvise(2), MADV_DONTNEED).
+    """
+    libc = _glibc()
+    if libc is None:
+        return
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
+        fields = line.split(maxsplit=5)
+        if fields[1].startswith("r-x") and len(fields) == 6 and fields[5].startswith("/"):
+            start, stop = (int(number, 16) for number in fields[0].split("-"))
+            libc.madvise(start, stop - start, MADV_DONTNEED)
 
 
 def _glibc() -> ctypes.CDLL | None:

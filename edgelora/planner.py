@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edgelora import choose, costs, hardware, speed
+from edgelora import choose, costs, hardware, memory, speed
 from edgelora.choose import MARGIN, Choice, Situation, Work, micro_batches
 from edgelora.costs import Correction, Piece, Settings
 from edgelora.errors import MachineError
@@ -130,6 +130,7 @@ def planner_for(
     threads = config.threads or hardware.physical_cores()
     matmul = gemm.choose(threads)
     rate = matrix_rate(threads, matmul)
+    memory.forget_code()
     process = round(hardware.rss_mb() * MB)
     work = lay_out(lengths, config, config.batch_size or get_task(task).batch_size, supervised, padded=shape.encoder)
     return Planner(

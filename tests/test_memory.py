@@ -168,3 +168,18 @@ def test_forgetting_documents_never_copies_the_whole_cache() -> None:
     part.lengths += 4
     assert float(cache.keys[2][1].abs().sum()) == 0
     assert cache.lengths.tolist() == [1, 7]
+
+
+def test_code_that_is_not_needed_any_more_is_given_back() -> None:
+    code = """
+import torch
+from edgelora import hardware, memory
+before = hardware.rss_mb()
+memory.forget_code()
+after = hardware.rss_mb()
+print(before, after, float((torch.ones(300, 300) @ torch.ones(300, 300))[0, 0]))
+"""
+    before, after, product = map(float, child(code).split())
+    assert product == 300
+    if sys.platform == "linux":
+        assert after < before - 20

@@ -208,12 +208,12 @@ class _Bf16(saved_tensors_hooks):
         kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
 
         def pack(x: Tensor) -> Any:
-            if x.dtype != torch.float32 or x.numel() <= most or not _dense(x):
+            if x.dtype != torch.float32 or not _dense(x):
                 return x
             flat = x.detach().as_strided((x.numel(),), (1,))
             key = x.data_ptr(), x.numel()
             if key not in kept:
-                kept[key] = flat, slab.put(flat, torch.bfloat16)
+                kept[key] = flat, slab.put(flat, torch.float32 if x.numel() <= most else torch.bfloat16)
             return kept[key][1], x.shape, x.stride(), slab
 
         def unpack(stored: Any) -> Tensor:

@@ -29,7 +29,8 @@ class Slab:
         if size > CHUNK:
             return x.to(dtype, copy=True)
         if self._used + size > CHUNK:
-            self._chunks.append(_free.pop() if _free else torch.empty(CHUNK, dtype=torch.uint8))
+            # The first one first: what is at the end of the last has never been written to.
+            self._chunks.append(_free.pop(0) if _free else torch.empty(CHUNK, dtype=torch.uint8))
             self._used = 0
         place = self._chunks[-1][self._used : self._used + size].view(dtype).view(x.shape)
         self._used += -(-size // ALIGNMENT) * ALIGNMENT

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
     Model = Decoder | Encoder
 
+TRIM_ABOVE = 0.9  # share of the budget that the heap may take with its free pages
 SHORT_ANSWER = 64  # supervised tokens up to which answers are generated for the closing table
 
 
@@ -194,6 +195,7 @@ class Training:
             learning_rate=config.learning_rate or self.task.learning_rate,
             micro_batch=self.plan.micro_batch,
             optimizer_bits=self.plan.optimizer_bits,
+            trim_above_mb=TRIM_ABOVE * self.plan.budget_mb,
             num_steps=rows.num_steps(config.epochs, config.max_steps),
             folder=self.out,
             score=lambda: self.score(generate=False),
@@ -218,7 +220,10 @@ class Training:
             predictor = TorchPredictor(self.model, self.collate, **limits)
         else:
             predictor = PrefixedPredictor(self.prefixes.valid, self.collate, **limits)
-        return self.task.evaluate(predictor, self.valid_rows, self.valid, self.tokenizer, self.run.labels, generate=generate)
+        memory.trim()  # training and scoring leave holes in the heap that the other has no use for
+        found = self.task.evaluate(predictor, self.valid_rows, self.valid, self.tokenizer, self.run.labels, generate=generate)
+        memory.trim()
+        return found
 
     def short_answers(self) -> bool:
         """Whether the validation rows' answers are short enough to be generated."""

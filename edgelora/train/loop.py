@@ -4,6 +4,7 @@ steps is finetune.py's.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import torch
 from torch import Tensor
 
-from edgelora import console, hardware
+from edgelora import console, hardware, memory
 from edgelora.adapters.inject import initial_tensors
 from edgelora.errors import Interrupted
 from edgelora.models.predictor import Collate, to_tensors
@@ -51,6 +52,7 @@ class Job:
     score: Callable[[], Metrics]  # the model on the validation rows, now
     keep: Callable[[], None]  # save the adapter: it is the best so far
     optimizer_bits: int = 32
+    trim_above_mb: float = math.inf  # resident memory from which the heap's free pages are given back after a piece
     prefix: Prefix | None = None  # what the frozen layers give for the training rows
 
 
@@ -69,6 +71,7 @@ class Trainer:
             loraplus_ratio=job.config.loraplus_ratio,
             bits=job.optimizer_bits,
         )
+        self.optimizer.zero_grad()
         self.saved_at = self.shown_at = time.monotonic()
         self.unshown = 0  # steps
         self.stop = StopRequest()
@@ -155,6 +158,9 @@ class Trainer:
             loss.backward()  # type: ignore[no-untyped-call]  # torch has no types here
             total += float(loss.detach())
             items += count
+            del loss  # and with it the graph, before the next piece makes its own
+            if hardware.rss_mb() > job.trim_above_mb:
+                memory.trim()
         guard.refuse_unsupervised(items, rows)
         for parameter in self.parameters.values():
             if parameter.grad is not None:

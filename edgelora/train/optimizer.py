@@ -44,17 +44,28 @@ class AdamW:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Update every parameter that has a gradient. The gradients are gone afterwards: their memory is the work space."""
+        """Update every parameter that has a gradient. The gradients are zero afterwards: their memory is the work space."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self._update(parameter, parameter.grad, group["lr"], group["weight_decay"])
-                    parameter.grad = None
+                    parameter.grad.zero_()
 
+    @torch.no_grad()
     def zero_grad(self) -> None:
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None
+        """Set all gradients to zero, in one piece of memory that stays.
+
+        Made anew in every backward pass they would lie between its temporaries, and hold the heap open there.
+        """
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        if any(parameter.grad is None for parameter in parameters):
+            whole = torch.zeros(sum(parameter.numel() for parameter in parameters))
+            for parameter, part in zip(parameters, torch.split(whole, [p.numel() for p in parameters]), strict=True):
+                parameter.grad = part.view_as(parameter)
+            return
+        for parameter in parameters:
+            assert parameter.grad is not None
+            parameter.grad.zero_()
 
     def _update(self, parameter: nn.Parameter, grad: Tensor, rate: float, decay: float) -> None:
         if parameter not in self.state:

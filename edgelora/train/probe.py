@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from edgelora.tasks.base import Task
 
 MB = 1 << 20
-SHARES = (0.25, 0.25, 0.5)  # of the largest piece; the first makes kernels and buffers ready and is not timed
+SHARES = (0.25, 0.5, 0.25, 0.5)  # of the largest piece; the first ones make kernels and buffers ready and are not timed
 CLEAR = 24 * MB  # a difference in memory that is more than noise
 PATIENCE = 0.001  # seconds between two looks at the memory
 
@@ -157,7 +157,7 @@ def correct(planner: Planner, choice: Choice, found: Sequence[Measured]) -> tupl
     if kept[1] - kept[0] > CLEAR:
         slope = min(1.5, max(0.8, (large.peak - small.peak) / (kept[1] - kept[0])))
     # The formulas' parts without activations, as they are while the probe runs: the optimizer has no moments yet.
-    resident = sum(size for name, size in choice.parts.items() if name not in ("activations", "loading, above that"))
+    resident = sum(size for name, size in choice.parts.items() if name not in ("activations", costs.GROWING))
     resident -= costs.moment_bytes(shape, settings) + planner.situation.correction.fixed
     # Where a memory cgroup already takes pages back, less is resident than is needed: that is no reason to plan for less.
     fixed = max(large.peak - round(slope * kept[1]) - resident, -costs.WARM_KERNELS)
