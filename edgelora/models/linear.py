@@ -213,7 +213,8 @@ class FrozenLinear(nn.Module):
 
     @property
     def in_weight_space(self) -> bool:
-        return True
+        """Not where a hook changes or listens to the layer's input: in a group the layer is not called."""
+        return not self._forward_pre_hooks
 
     @property
     def apart(self) -> bool:
