@@ -71,7 +71,7 @@ def test_the_probe_changes_nothing(made: tuple[Planner, Probe]) -> None:
     assert not tried.model.training
     assert all(parameter.grad is None for parameter in tried.model.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in tried.model.state_dict().items())
-    assert [part.piece.tokens for part in found] == [found[0].piece.tokens, found[1].piece.tokens] * 2
+    assert len(found) == 2
     assert 0 < found[0].piece.tokens < found[1].piece.tokens < planner.situation.work.largest[4].tokens
     assert all(part.piece.supervised > 0 and part.seconds > 0 and part.peak > 50 * MB for part in found)
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from edgelora.tasks.base import Task
 
 MB = 1 << 20
-SHARES = (0.25, 0.5, 0.25, 0.5)  # of the largest piece; the first ones make kernels and buffers ready and are not timed
+SHARES = (0.25, 0.5)  # of the largest piece
 CLEAR = 24 * MB  # a difference in memory that is more than noise
 PATIENCE = 0.001  # seconds between two looks at the memory
 
@@ -54,25 +54,29 @@ class Probe:
     store: Store
 
     def measure(self, rows: Sequence[int], *, accumulate: bool) -> list[Measured]:
-        """Compute the parts SHARES of a piece; with `accumulate`, gradients of a part stay while the next is computed,
-        as they do in a step of several pieces."""
+        """Compute the parts SHARES of a piece twice: first its memory is watched, then it is timed, for who watches disturbs.
+
+        With `accumulate`, gradients of a part stay while the next is computed, as they do in a step of several pieces.
+        """
         examples = [self.store[row] for row in rows]
         memory.trim()  # what loading has left in the heap would hide what the parts take
         random, training = torch.get_rng_state(), self.model.training
         self.model.train()
         found = []
         try:
-            for share in SHARES:
-                found.append(self._part(shortened(examples, share)))
-                if not accumulate:
-                    self._forget()
+            for watched in (True, False):
+                for share in SHARES:
+                    found.append(self._part(shortened(examples, share), watched=watched))
+                    if not accumulate:
+                        self._forget()
         finally:
             self._forget()
             self.model.train(training)
             torch.set_rng_state(random)
-        return found
+        half = len(SHARES)
+        return [Measured(a.piece, b.seconds, a.peak) for a, b in zip(found[:half], found[half:], strict=True)]
 
-    def _part(self, examples: list[Example]) -> Measured:
+    def _part(self, examples: list[Example], *, watched: bool) -> Measured:
         batch = to_tensors(self.collate(examples))
         counted = 0
 
@@ -82,12 +86,16 @@ class Probe:
             if loss.requires_grad:
                 loss.backward()  # type: ignore[no-untyped-call]  # torch has no types here
 
-        started = time.perf_counter()
-        peak = peak_of(work)
+        started, peak = time.perf_counter(), 0
+        if watched:
+            peak = peak_of(work)
+        else:
+            work()
+        seconds = time.perf_counter() - started
         lengths = [len(example) for example in examples]
         padded = "input_ids" in batch  # packed rows have no padding
         tokens = len(lengths) * max(lengths) if padded else sum(lengths)
-        return Measured(Piece(tokens, counted), time.perf_counter() - started, peak)
+        return Measured(Piece(tokens, counted), seconds, peak)
 
     def _forget(self) -> None:
         for parameter in self.model.parameters():
