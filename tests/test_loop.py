@@ -91,9 +91,13 @@ def test_a_signal_while_rows_are_scored_leaves_a_run_to_resume(
 ) -> None:  # fmt: skip
     """As the command line does it, which treats SIGTERM as Ctrl-C. The evaluation is left at once, and made again."""
     run = tmp_path / "run"
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in a shell's background
     with monkeypatch.context() as patch:
         Moment(patch, number, at)
-        assert guarded(lambda: finetune(*inputs, run, FinetuneConfig(**SETTINGS))) == 130
+        try:
+            assert guarded(lambda: finetune(*inputs, run, FinetuneConfig(**SETTINGS))) == 130
+        finally:
+            signal.signal(signal.SIGINT, before)
     said = capsys.readouterr().err
     stopped = "interrupted; the last checkpoint is kept" if step is None else f"interrupted after step {step} of 8"
     assert f"error: {stopped}" in said

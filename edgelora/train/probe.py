@@ -163,12 +163,12 @@ def correct(planner: Planner, choice: Choice, found: Sequence[Measured]) -> tupl
     kept = [heap * costs.activation_bytes(shape, settings, part.piece) for part in (small, large)]
     slope = 1.0
     if kept[1] - kept[0] > CLEAR:
-        slope = min(1.5, max(0.8, (large.peak - small.peak) / (kept[1] - kept[0])))
+        slope = min(1.5, max(0.9, (large.peak - small.peak) / (kept[1] - kept[0])))
     # The formulas' parts without activations, as they are while the probe runs: the optimizer has no moments yet.
     resident = sum(size for name, size in choice.parts.items() if name not in ("activations", costs.GROWING))
     resident -= costs.moment_bytes(shape, settings) + planner.situation.correction.fixed
-    # Where a memory cgroup already takes pages back, less is resident than is needed: that is no reason to plan for less.
-    fixed = max(large.peak - round(slope * kept[1]) - resident, -costs.WARM_KERNELS)
+    # Never less than the formulas: a heap has no holes yet, and in a memory cgroup less may be resident than is needed.
+    fixed = max(0, large.peak - round(slope * kept[1]) - resident)
     return Correction(fixed, slope), pace(planner, choice, small, large)
 
 
