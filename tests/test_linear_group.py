@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout, linear
 
 from edgelora.adapters.lora import LoRA, LoRASettings
-from edgelora.models import gemm, linear_group
+from edgelora.models import linear_group
 from edgelora.models.elementwise import Activation, Elementwise, FrozenNorm, apply
 from edgelora.models.linear import FrozenLinear
 from edgelora.models.linear_group import LinearGroup, linears
@@ -22,14 +22,7 @@ INPUTS = 48  # not a multiple of the blocks of 32
 OUTPUTS = (24, 8, 40)
 
 
-@pytest.fixture(params=[gemm.BLAS, gemm.ONEDNN], autouse=True)
-def library(request: pytest.FixtureRequest) -> Iterator[None]:
-    if request.param == gemm.ONEDNN and not gemm.has_onednn():
-        pytest.skip("torch has no oneDNN here")
-    before = gemm.library()
-    gemm.use(request.param)
-    yield
-    gemm.use(before)
+pytestmark = pytest.mark.usefixtures("product_library")
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

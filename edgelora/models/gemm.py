@@ -7,11 +7,10 @@ measures. The choice decides the last bits of every product, so a run records it
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
+
+from edgelora.rates import fastest
 
 BLAS, ONEDNN = "blas", "onednn"
 TOKENS, OUTPUTS, INPUTS = 256, 1536, 576  # what `choose` times: a layer of a small model
@@ -53,7 +52,7 @@ def rate(library: str, tokens: int, outputs: int, inputs: int, seconds: float) -
     """Return the best GFLOP/s of x Wᵀ and of g W, x `[tokens, inputs]`, W `[outputs, inputs]`, in about so many seconds."""
     use(library)
     x, w, g = torch.ones(tokens, inputs), torch.ones(outputs, inputs), torch.ones(tokens, outputs)
-    both = _fastest(lambda: linear(x, w), seconds / 2) + _fastest(lambda: linear(g, w.t()), seconds / 2)
+    both = fastest(lambda: linear(x, w), seconds / 2) + fastest(lambda: linear(g, w.t()), seconds / 2)
     return 4.0 * tokens * outputs * inputs / both / 1e9
 
 
@@ -63,13 +62,3 @@ def linear(x_TK: Tensor, w_NK: Tensor) -> Tensor:
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x_TK, w_NK, None, "none", [], "")
         return y
     return torch.mm(x_TK, w_NK.t())
-
-
-def _fastest(run: Callable[[], Tensor], seconds: float) -> float:
-    run()
-    best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        started = time.perf_counter()
-        run()
-        best = min(best, time.perf_counter() - started)
-    return best
