@@ -85,32 +85,31 @@ def dequantize(tensor: QuantizedTensor, out: Tensor | None = None) -> Tensor:
         out = torch.empty(num_outputs * num_blocks * tensor.block_size)
     size = num_outputs, num_blocks, tensor.block_size
     blocks = out.view(-1)[: num_outputs * num_blocks * tensor.block_size].view(size)
-    blocks.copy_(_signed(tensor)).mul_(tensor.scales.unsqueeze(-1))
+    blocks.copy_(signed_codes(tensor.codes, tensor.bits)).mul_(tensor.scales.unsqueeze(-1))
     return blocks.view(num_outputs, num_blocks * tensor.block_size)[:, : tensor.num_inputs]
 
 
 _bytes = torch.empty(0, dtype=torch.int8)
 
 
-def _signed(tensor: QuantizedTensor) -> Tensor:
-    """Return the codes minus the zero point, int8 `[N, blocks, block_size]`, in a buffer that lives until the next call.
+def signed_codes(codes: Tensor, bits: int) -> Tensor:
+    """Return packed codes minus the zero point, int8 `[N, blocks, block_size]`, in a buffer that lives until the next call.
 
     As long as numbers are bytes, a pass over them costs a quarter of one in fp32, so all but the scaling is done there.
     """
     global _bytes
-    codes = tensor.codes
-    size = {4: 4, 8: 1}.get(tensor.bits, 0) * codes.numel()
+    size = {4: 4, 8: 1}.get(bits, 0) * codes.numel()
     if _bytes.numel() < size:
         with torch.inference_mode(False):  # a merge may come first: what is made in inference mode, training may not write
             _bytes = torch.empty(size, dtype=torch.int8)
-    if tensor.bits == 4:
+    if bits == 4:
         # A byte 0xHL becomes the 16-bit number 0x0H0L, in memory the bytes L, H: the codes in their order.
         pairs, moved = (half.view(torch.int16).view(codes.shape) for half in _bytes[:size].chunk(2))
         torch.bitwise_left_shift(pairs.copy_(codes), 4, out=moved)
         return pairs.bitwise_or_(moved).bitwise_and_(0x0F0F).view(torch.int8).sub_(8)
-    if tensor.bits == 8:
+    if bits == 8:
         return torch.bitwise_xor(codes.view(torch.int8), -128, out=_bytes[:size].view(codes.shape))
-    return unpack(codes, tensor.bits).view(torch.int8).sub_(2 ** (tensor.bits - 1))
+    return unpack(codes, bits).view(torch.int8).sub_(2 ** (bits - 1))
 
 
 def to_blocks(weight_NK: Tensor, block_size: int) -> Tensor:
