@@ -115,6 +115,21 @@ def test_codes_are_the_nearest_values_of_their_block(signed: bool, count: int) -
     assert torch.equal(decode(*encode(torch.zeros(300), signed=signed), signed=signed), torch.zeros(300))
 
 
+@pytest.mark.parametrize("signed", [True, False])
+def test_codes_are_those_of_a_search_among_the_borders(signed: bool) -> None:
+    """On both sides of every border, and at every exponent."""
+    values = codebook(signed)
+    borders = (values[:-1] + values[1:]) / 2
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.rand(1 << 16, generator=generator) * 10.0 ** -torch.randint(0, 12, (1 << 16,), generator=generator)
+    quotients = torch.cat([borders, torch.nextafter(borders, torch.tensor(2.0)), values, drawn, -drawn if signed else drawn])
+    quotients = torch.cat([quotients, torch.zeros(-quotients.numel() % (BLOCK - 1))]).view(-1, BLOCK - 1)
+    quotients = torch.cat([quotients, torch.ones(len(quotients), 1)], 1)  # so that each block's scale is 1
+    found = torch.bucketize(quotients, borders)
+    expected = found if signed else found.clamp_min((quotients > 0).int())
+    assert torch.equal(encode(quotients.view(-1), signed=signed)[0].int(), expected.view(-1).int())
+
+
 def test_a_small_second_moment_does_not_vanish() -> None:
     values = torch.full((BLOCK,), 1e-12)
     values[0] = 1.0
