@@ -208,6 +208,13 @@ class LoRA(nn.Module):
         """Return the frozen weight `[N, K]` as it is stored, or on the grid Q(W0 + s·BA)."""
         return self.base.weight_data() if self.apart else self.rounded()
 
+    def scaled(self) -> Tensor | None:
+        """Return the trained block scales."""
+        return None
+
+    def scale_gradient(self, grad_TN: Tensor, h_TK: Tensor) -> Tensor:
+        raise NotImplementedError("no scales are trained here")
+
     def _rescale(self, base_TN: Tensor, low_TR: Tensor, magnitude_N: Tensor) -> Tensor:
         """DoRA: (x W0ᵀ + s·x AᵀBᵀ) · m / ‖W0 + s·BA‖ + bias, the norm taken as a constant (the paper's section 4.3)."""
         bias = self.base.bias

@@ -227,6 +227,12 @@ class FrozenLinear(nn.Module):
         """Return the weight `[N, K]` as it is stored."""
         return self.weight.data
 
+    def scaled(self) -> None:
+        """Return the trained block scales: there are none."""
+
+    def scale_gradient(self, grad_TN: Tensor, h_TK: Tensor) -> Tensor:
+        raise NotImplementedError("nothing is trained here")
+
     def extra_repr(self) -> str:
         return f"{self.path}, {self.in_features} → {self.out_features}, {self.bits} bits"
 

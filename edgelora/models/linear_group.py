@@ -9,6 +9,8 @@ f (a norm or an activation) is computed again. For a gradient g of y (LoRA, arXi
 rounding taken as 1, 1308.3432):
 
     dh = g W + (g sB) A        dA = (g sB)ᵀ h        dB = s·gᵀ l
+
+Block scales of W that are trained get theirs from gᵀ h, W's own gradient (scale_gradient.py).
 """
 
 from __future__ import annotations
@@ -45,6 +47,8 @@ class Member(Protocol):
 
     trained: the parameters, and how they act: their first rows and columns are the parameters; None without an adapter.
     apart: whether the adapter's product is added to the weight's, and not part of `weight_data`, the weight as it is stored.
+    scaled: the trained parameter of the weight's block scales, None where they are frozen; scale_gradient: its gradient for
+    the gradient `[T, N]` of this layer's output and the input `[T, K]`.
     """
 
     @property
@@ -55,6 +59,8 @@ class Member(Protocol):
     def apart(self) -> bool: ...
     def trained(self) -> tuple[Factors, Factors] | None: ...
     def weight_data(self) -> Weight: ...
+    def scaled(self) -> Tensor | None: ...
+    def scale_gradient(self, grad_TN: Tensor, h_TK: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -173,7 +179,18 @@ class LinearGroup:
             first += height
 
     def parameters(self) -> list[Tensor]:
-        return [tensor for _, _, parameters, _ in self.trained() for tensor in (parameters.a, parameters.b)]
+        """Return A and B of each adapter, then the trained block scales: the order of `_Linears`' gradients."""
+        factors = [tensor for _, _, parameters, _ in self.trained() for tensor in (parameters.a, parameters.b)]
+        return factors + [scales for member in self.members if (scales := member.scaled()) is not None]
+
+    def scale_gradients(self, grad_TN: Tensor, x_TK: Tensor, f: Elementwise | None) -> list[Tensor]:
+        """Return the gradients of the trained block scales for the group's gradient and its input x."""
+        rows = [(member, slice(*self.starts[i : i + 2])) for i, member in enumerate(self.members)]
+        scaled = [(member, own) for member, own in rows if member.scaled() is not None]
+        if not scaled:
+            return []
+        h_TK = x_TK if f is None else f.compute(x_TK)[0]
+        return [member.scale_gradient(grad_TN[:, own], h_TK) for member, own in scaled]
 
 
 def packed(weights: Sequence[Weight], most: int) -> list[list[Weight]]:
@@ -222,10 +239,10 @@ class _Linears(torch.autograd.Function):
         wants_x, wants_residual = ctx.needs_input_grad[:2]
         grad = outer if ctx.scale == 1.0 else outer * ctx.scale
         dx = group.pulled_back(grad) if wants_x else None
-        stacked, trained = group.stacked(), []
+        stacked, trained = group.stacked(), group.scale_gradients(grad, x, f)
         if stacked is not None:
             pulled_TR = gemm.linear(grad, stacked.scaled_b.t())
-            trained = adapter_gradients(stacked, pulled_TR, low_TR, grad, x if f is None else f.compute(x)[0])
+            trained = adapter_gradients(stacked, pulled_TR, low_TR, grad, x if f is None else f.compute(x)[0]) + trained
             if dx is not None and stacked.acting is not None:
                 if stacked.acting is not stacked.scaled_b:
                     pulled_TR = gemm.linear(grad, stacked.acting.t())

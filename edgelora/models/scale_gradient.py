@@ -1,8 +1,8 @@
 """The gradient of block scales: dL/ds = Σ dW · dw/ds over the block, where dW = gᵀ h is the weight's own gradient.
 
 dW `[N, K]` is as large as the weight; it is computed a few rows at a time and summed up at once, so that it never exists whole.
-The rule of LSQ (arXiv 1902.08153, eq. 3): dw/ds is q - z where the codes q are fixed; where a weight v is rounded in the forward
-pass, it is q - z - v / s inside the range of the codes and q - z outside.
+The rule of LSQ (arXiv 1902.08153, eq. 3): dw/ds is q - z where the codes q are fixed; where a weight v is rounded in the
+forward pass, it is q - z - v / s inside the range of the codes and q - z outside.
 """
 
 from __future__ import annotations
