@@ -53,6 +53,9 @@ class FinetuneConfig:
         None, "Memory that the whole run may use: 1GB, 570MB. Default: half of what is free.", flag=True, allowed=ABOVE_0
     )
     precision: str = setting("int4", "What will ship.", flag=True, choices=("int4", "int8", "fp32"))
+    method: str = setting(
+        "lora", "What is trained: LoRA adapters, or the block scales of fixed integers.", flag=True, choices=("lora", "scales")
+    )
     rank: int = setting(8, "Rank of the adapters.", flag=True, allowed=AT_LEAST_1)
     alpha: float | None = setting(
         None, "LoRA alpha: the update is scaled by alpha / rank. Default: 2 × rank.", flag=True, allowed=ABOVE_0

@@ -23,11 +23,12 @@ ALLOWED_LONG: dict[str, str] = {}
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "config", "folder", "console", "hardware", "memory", "rates", "tokenizer", "chat_template"),
     ("tasks",),
-    ("data", "quant", "models", "adapters", "bundle"),
+    ("data", "quant", "models", "adapters", "bundle", "scales_delta"),
     (
         "shape",
         "costs",
         "speed",
+        "closing",
         "choose",
         "planner",
         "kernels",
