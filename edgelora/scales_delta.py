@@ -35,7 +35,7 @@ Array = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Delta:
-    """scales: fp32 `[N, blocks]` by path; tensors: what else was trained, by name; layers: path → sha256 of the base's codes."""
+    """scales: fp32 `[N, blocks]` by path; tensors: what else was trained, by name; layers: sha256 of the codes by path."""
 
     scales: dict[str, Array]
     layers: dict[str, str]

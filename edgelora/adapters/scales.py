@@ -2,8 +2,8 @@
 
     w = (q - z) · s        s = bf16(s0 · (1 + c))        ds/dc = s0
 
-c `[N, blocks]` begins at zero, so that one learning rate suits blocks of every size and weight decay leads back to the base. The
-rounding to bf16 is the grid's own; its gradient is taken as 1 (straight through). No other weight than the codes is kept.
+c `[N, blocks]` begins at zero, so that one learning rate suits blocks of every size and weight decay leads back to the base.
+The rounding to bf16 is the grid's own; its gradient is taken as 1 (straight through). No other weight than the codes is kept.
 """
 
 from __future__ import annotations

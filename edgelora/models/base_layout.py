@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import torch
@@ -33,7 +33,7 @@ class Section:
 
     groups: module paths of linear layers, those on the same input together; tables: embeddings and LM heads, which keep at
     least 8 bits; plain: names of small tensors; block: whether it is one of the repeated blocks; transposed: whether the
-    file of the model holds the linear layers' weights as `[K, N]`
+    file of the model holds the linear layers' weights as `[K, N]`; bits: of the layers that have their own
     """
 
     groups: tuple[tuple[str, ...], ...] = ()
@@ -41,6 +41,7 @@ class Section:
     plain: tuple[str, ...] = ()
     block: bool = False
     transposed: bool = False
+    bits: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,12 @@ def lay_out(source: ModelSource, sections: Sequence[Section], bits: int, block_s
     end = 0
     for section in sections:
         start = end = up_to(end, ALIGN)
-        groups = [_forms(source, group, bits, block_size, section.transposed) for group in section.groups]
-        groups += [_forms(source, (path,), max(bits, 8), block_size, False) for path in section.tables]
+        own = section.bits
+        groups = [
+            {path: _form(source, path, own.get(path, bits), block_size, section.transposed) for path in group}
+            for group in section.groups
+        ]
+        groups += [{path: _form(source, path, max(bits, 8), block_size, False)} for path in section.tables]
         for group in groups:
             # Layers of other bits, as a merge may choose them, are no neighbours.
             for _, alike in groupby(group.items(), key=lambda item: (item[1].form, item[1].bits, item[1].block_size)):
@@ -130,10 +135,6 @@ def _place(group: dict[str, Place], end: int) -> tuple[dict[str, Place], int]:
         offset += place.num_bytes
         scales += 4 * place.shape[0] * place.num_blocks if on_grid else 0
     return placed, scales
-
-
-def _forms(source: ModelSource, paths: Sequence[str], bits: int, block_size: int, transposed: bool) -> dict[str, Place]:
-    return {path: _form(source, path, bits, block_size, transposed) for path in paths}
 
 
 def _form(source: ModelSource, path: str, bits: int, block_size: int, transposed: bool) -> Place:

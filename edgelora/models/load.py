@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,25 +26,29 @@ SAME_INPUT = (("q", "k", "v"), ("qkv",), ("o",), ("gate", "up"), ("gate_up",), (
 
 
 def load_model(
-    source: ModelSource, task: str, *, base_bits: int, block_size: int = 32, labels: Sequence[str] = (), streamed: bool = False
-) -> Decoder | Encoder:
+    source: ModelSource, task: str, *, base_bits: int, block_size: int = 32, labels: Sequence[str] = (), streamed: bool = False,
+    bits: Mapping[str, int] | None = None,
+) -> Decoder | Encoder:  # fmt: skip
     """Return the model of a task with its frozen weights in `base_bits` (32, 16, 8, 4).
 
-    streamed: a decoder's blocks are read from their file when they are computed and dropped after it.
+    streamed: a decoder's blocks are read from their file when they are computed and dropped after it; bits: 4 or 8 of the
+    linear layers that have their own, by path.
     Raises ModelError for a model that the task has no use for, and for missing or misshapen tensors, all at once.
     """
     if task == "text-generation":
-        return load_decoder(source, base_bits=base_bits, block_size=block_size, streamed=streamed)
+        return load_decoder(source, base_bits=base_bits, block_size=block_size, streamed=streamed, bits=bits)
     from edgelora.models.encoder import load_encoder
 
-    return load_encoder(source, base_bits=base_bits, block_size=block_size, labels=labels)
+    return load_encoder(source, base_bits=base_bits, block_size=block_size, labels=labels, layer_bits=bits)
 
 
-def load_decoder(source: ModelSource, *, base_bits: int, block_size: int = 32, streamed: bool = False) -> Decoder:
+def load_decoder(
+    source: ModelSource, *, base_bits: int, block_size: int = 32, streamed: bool = False, bits: Mapping[str, int] | None = None
+) -> Decoder:
     """Return the decoder of a source. The embedding and the LM head keep at least 8 bits: at 4 they cost most of the loss."""
     spec = decoder_spec(source.config)
     check_shapes(source, decoder_shapes(spec))
-    sections = decoder_sections(spec)
+    sections = decoder_sections(spec, bits)
     weights = open_base(source, sections, base_bits, block_size, streamed=streamed)
 
     def table(role: str) -> FrozenEmbedding:
@@ -66,7 +70,7 @@ def load_decoder(source: ModelSource, *, base_bits: int, block_size: int = 32, s
     return decoder
 
 
-def decoder_sections(spec: DecoderSpec) -> list[Section]:
+def decoder_sections(spec: DecoderSpec, bits: Mapping[str, int] | None = None) -> list[Section]:
     """Return a decoder's tensors in the order in which they are computed."""
     kinds = ("weight", "bias") if spec.norm.kind == "layer" else ("weight",)
 
@@ -79,7 +83,8 @@ def decoder_sections(spec: DecoderSpec) -> list[Section]:
         paths = tuple(tuple(spec.weight(role, layer) for role in group) for group in groups if group)
         biases = [f"{spec.weight(role, layer)}.bias" for role in spec.linear_roles if role in spec.biases]
         plain = tuple(norms(spec.norm_roles, layer) + biases)
-        sections.append(Section(groups=paths, plain=plain, block=True, transposed=spec.transposed))
+        own = {path: bits[path] for group in paths for path in group if path in bits} if bits else {}
+        sections.append(Section(groups=paths, plain=plain, block=True, transposed=spec.transposed, bits=own))
     heads = () if spec.tied else (spec.weight("head"),)
     return [*sections, Section(tables=heads, plain=tuple(norms(["final_norm"], None)))]
 
