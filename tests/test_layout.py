@@ -38,6 +38,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "export",
         "run",
         "evaluate",
+        "report",
+        "held_out",
         "bench",
         "inspect",
     ),

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from edgelora.adapters.initialize import from_pattern
 from edgelora.adapters.lora import LoRA, LoRASettings
 from edgelora.errors import SettingsError, did_you_mean
+from edgelora.quant.grid import QuantizedTensor
 
 if TYPE_CHECKING:
     from edgelora.models.decoder import Decoder
@@ -118,3 +119,28 @@ def switched_off(model: nn.Module) -> Iterator[None]:
     finally:
         for adapter in found:
             adapter.enabled = True
+
+
+@contextmanager
+def off_grid(model: nn.Module) -> Iterator[None]:
+    """Let every adapter compute without rounding: the adapter in fp32, on the frozen weights as they are stored."""
+    grids = {adapter: adapter.grid for adapter in adapters(model).values()}
+    for adapter in grids:
+        adapter.grid = None
+    try:
+        yield
+    finally:
+        for adapter, grid in grids.items():
+            adapter.grid = grid
+
+
+def rounded_layers(model: nn.Module, grid: dict[str, Any]) -> Iterator[tuple[str, QuantizedTensor]]:
+    """Yield (path, tensor) of the layers and tables that compute with what ships: those on the grid that the run records."""
+    from edgelora.models.linear import FrozenEmbedding
+
+    layers = {path: layer.weight_data() for path, layer in getattr(model, "linears", dict)().items()}
+    layers |= {module.path: module.weight.data for module in model.modules() if isinstance(module, FrozenEmbedding)}
+    for path, data in layers.items():
+        wanted = (int(grid["bits"].get(path, 8)), int(grid["block_size"]))
+        if isinstance(data, QuantizedTensor) and (data.bits, data.block_size) == wanted:
+            yield path, data

@@ -105,7 +105,7 @@ def open_base(
     A file: for fewer bits than the source has; always if `streamed`. Memory: for more bits than the source has, and with a
     warning where the cache cannot be written. Raises MachineError if the disk is full.
     """
-    if not any(section.groups or section.tables for section in sections):
+    if source.merged is not None or not any(section.groups or section.tables for section in sections):
         return source
     path = cache_folder() / f"{_key(source, sections, bits, block_size)}-{VERSION}{SUFFIX}"
     found = _open(path, source)
@@ -149,8 +149,6 @@ def _key(source: ModelSource, sections: Sequence[Section], bits: int, block_size
 
 def _home(source: ModelSource, sections: Sequence[Section], bits: int) -> str:
     """Return where the weights best lie: "source", "file" or "memory"."""
-    if source.merged is not None:
-        return "source"
     if source.kind == "gguf" or any(section.transposed for section in sections):  # unpacked or turned whenever they are read
         return "file" if bits < 32 else "memory"
     paths = [path for section in sections for group in (*section.groups, section.tables) for path in group]

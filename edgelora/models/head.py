@@ -44,8 +44,12 @@ class Head:
 
     def logits(self, hidden_SH: Tensor) -> Tensor:
         """Return `[S, V]`: for tests and for the few positions of generation."""
-        tiles = [self._logits(hidden_SH, weight_VH) for _, weight_VH in self._tiles()]
-        return torch.cat(tiles, -1)
+        return torch.cat(list(self.tiles(hidden_SH)), -1)
+
+    def tiles(self, hidden_SH: Tensor) -> Iterator[Tensor]:
+        """Yield the logits of TILE_ROWS tokens of the vocabulary after the other, `[S, at most TILE_ROWS]`."""
+        for _, weight_VH in self._tiles():
+            yield self._logits(hidden_SH, weight_VH)
 
     def argmax(self, hidden_SH: Tensor) -> Tensor:
         """Return the most likely token of each position, int64 `[S]`; the first of equals."""

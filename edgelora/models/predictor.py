@@ -67,6 +67,7 @@ class TorchPredictor:
         self.collate = collate
         self.batch_tokens = batch_tokens
         self.cache_bytes = cache_bytes
+        self.watch: Callable[[int, torch.Tensor], None] | None = None  # sees each example's states as `losses` computes them
 
     @torch.no_grad()
     def losses(self, examples: Sequence[Example]) -> list[tuple[float, int]]:
@@ -80,6 +81,8 @@ class TorchPredictor:
             cuts = torch.searchsorted(batch["positions"], batch["starts"]).tolist()
             for number, start, stop in zip(numbers, cuts, cuts[1:], strict=False):
                 states_SH, targets = hidden_TH[batch["positions"][start:stop]], batch["targets"][start:stop]
+                if self.watch is not None:
+                    self.watch(number, states_SH)
                 found[number] = (float(self.model.nll(states_SH, targets)), len(targets))
         return found
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,12 +20,17 @@ class OnnxPredictor:
 
     def __init__(self, model: Model) -> None:
         self.model = model
+        self.watch: Callable[[int, NDArray[np.float32]], None] | None = None  # sees the logits that `losses` goes by, in slices
 
     def losses(self, examples: Sequence[Example]) -> list[tuple[float, int]]:
         """Return summed negative log-likelihood (nats) and number of supervised tokens of each example."""
         decoder = self.model.generator.decoder
         self.model.generator.forget()
-        return [example_loss(decoder, example.arrays["ids"], example.arrays["supervised"]) for example in examples]
+        found = []
+        for number, example in enumerate(examples):
+            watch = None if self.watch is None else functools.partial(self.watch, number)
+            found.append(example_loss(decoder, example.arrays["ids"], example.arrays["supervised"], watch))
+        return found
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: frozenset[int]) -> list[list[int]]:
         """Continue each prompt greedily, up to a stop token (not returned) or the bundle's length."""
@@ -36,7 +42,12 @@ class OnnxPredictor:
         return self.model.classifier.logits(examples)
 
 
-def example_loss(decoder: DecoderSession, ids: NDArray[np.int32], supervised: NDArray[np.uint8]) -> tuple[float, int]:
+def example_loss(
+    decoder: DecoderSession,
+    ids: NDArray[np.int32],
+    supervised: NDArray[np.uint8],
+    watch: Callable[[NDArray[np.float32]], None] | None = None,
+) -> tuple[float, int]:
     """Return (summed loss, count) of one sequence; `supervised[t]`: token t is a target, predicted by the position before.
 
     Positions that predict no target run without logits, the others in slices: never `[tokens, vocabulary]` at once.
@@ -49,9 +60,10 @@ def example_loss(decoder: DecoderSession, ids: NDArray[np.int32], supervised: ND
         size = int(ahead[0]) if len(ahead) else end - position
         if predicts[position]:
             size = min(size, decoder.score_limit)
-            total += token_losses(
-                decoder.score(ids[position : position + size].tolist()), ids[position + 1 : position + size + 1]
-            )
+            logits = decoder.score(ids[position : position + size].tolist())
+            if watch is not None:
+                watch(logits)
+            total += token_losses(logits, ids[position + 1 : position + size + 1])
         else:
             decoder.prefill(ids[position : position + size].tolist())
         position += size
