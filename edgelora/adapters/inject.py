@@ -110,8 +110,10 @@ def put_on_grid(model: nn.Module, grid: dict[str, Any]) -> None:
 
 @contextmanager
 def switched_off(model: nn.Module) -> Iterator[None]:
-    """Let the model compute as if it had no adapters."""
-    found = list(adapters(model).values())
+    """Let the model compute as if it had no adapters, and its base's scales."""
+    from edgelora.adapters.scales import scaled_layers
+
+    found = [*adapters(model).values(), *scaled_layers(model).values()]
     for adapter in found:
         adapter.enabled = False
     try:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -111,7 +112,10 @@ class Encoder(nn.Module):
         return {name: value for name, value in self.network.named_parameters() if name.startswith(heads)}
 
 
-def load_encoder(source: ModelSource, *, base_bits: int, block_size: int, labels: Sequence[str]) -> Encoder:
+def load_encoder(
+    source: ModelSource, *, base_bits: int, block_size: int, labels: Sequence[str],
+    layer_bits: Mapping[str, int] | None = None,
+) -> Encoder:  # fmt: skip
     """Return the classifier of a source; its head is the checkpoint's when that has the same labels, else freshly drawn.
 
     Fresh weights come from torch's random state: call torch.manual_seed before. Raises ModelError for a model type that
@@ -122,7 +126,11 @@ def load_encoder(source: ModelSource, *, base_bits: int, block_size: int, labels
     heads = head_modules(network)
     known = list((source.config.get("id2label") or {}).values())
     keep_head = not labels or known == list(labels)
-    weights = open_base(source, encoder_sections(network, source, prefix, base_bits), base_bits, block_size)
+    sections = encoder_sections(network, source, prefix, base_bits)
+    if layer_bits:
+        own = [{path: layer_bits[path] for path, in section.groups if path in layer_bits} for section in sections]
+        sections = [dataclasses.replace(section, bits=bits) for section, bits in zip(sections, own, strict=True)]
+    weights = open_base(source, sections, base_bits, block_size)
     _fill(network, weights, base_bits, block_size, prefix, heads, keep_head=keep_head)
     network.requires_grad_(False)
     for name, parameter in network.named_parameters():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from edgelora.adapters.inject import adapters
+from edgelora.adapters.scales import scaled_layers
 from edgelora.errors import DataError, SettingsError
 
 WINDOW = 40  # steps whose mean loss the latest are compared with
@@ -43,19 +44,24 @@ def refuse_unsupervised(count: int, rows: list[int]) -> None:
         )
 
 
-def copies_of_b(model: nn.Module) -> dict[str, Tensor | None]:
-    """Return each adapter's B as it is, None where it is zero: what `check_moved` compares with."""
+def moving(model: nn.Module) -> dict[str, Tensor]:
+    """Return what the first update must move: each adapter's B, and the change of each layer's scales."""
     found = {path: adapter.lora_B.detach() for path, adapter in adapters(model).items()}
-    return {path: b.clone() if bool(b.any()) else None for path, b in found.items()}
+    return found | {path: layer.change.detach() for path, layer in scaled_layers(model).items()}
+
+
+def copies(model: nn.Module) -> dict[str, Tensor | None]:
+    """Return what must move as it is, None where it is zero: what `check_moved` compares with."""
+    return {path: tensor.clone() if bool(tensor.any()) else None for path, tensor in moving(model).items()}
 
 
 def check_moved(model: nn.Module, before: Mapping[str, Tensor | None]) -> None:
-    """After the first update every adapter's B must have moved. Raises SettingsError naming the others."""
-    still = [path for path, adapter in adapters(model).items() if same(adapter.lora_B.detach(), before[path])]
+    """After the first update everything that is trained must have moved. Raises SettingsError naming the others."""
+    still = [path for path, tensor in moving(model).items() if same(tensor, before[path])]
     if still:
         listed = ", ".join(still[:8]) + (f" and {len(still) - 8} more" if len(still) > 8 else "")
         raise SettingsError(
-            f"{len(still)} adapters got no gradient in the first step: {listed}",
+            f"{len(still)} layers got no gradient in the first step: {listed}",
             hint="name only layers that the loss depends on: --target-modules",
         )
 

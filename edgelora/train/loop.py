@@ -129,7 +129,7 @@ class Trainer:
             return
         rate = self.rate()
         set_learning_rate(self.optimizer, rate)
-        before = guard.copies_of_b(self.job.model) if self.state.step == 0 else {}
+        before = guard.copies(self.job.model) if self.state.step == 0 else {}
         self.optimizer.step()
         if self.state.step == 0:
             guard.check_moved(self.job.model, before)

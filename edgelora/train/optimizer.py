@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from edgelora.adapters.inject import adapters
+from edgelora.adapters.scales import scaled_layers
 from edgelora.train.adamw8 import BLOCK, CHUNK, LEAST, decode, encode
 
 # A head begins at random and small, and is not scaled as an adapter is: it has further to go than an adapter.
@@ -140,22 +141,23 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 def make_optimizer(
     model: nn.Module, learning_rate: float, weight_decay: float, *, loraplus_ratio: float | None = None, bits: int = 32
 ) -> AdamW:
-    """Return AdamW over the adapters' A, their B, DoRA's magnitudes and the head; `lr_scale` multiplies the schedule's rate.
+    """Return AdamW over the adapters' A, their B, DoRA's magnitudes, block scales and the head; `lr_scale` multiplies the schedule's rate.
 
-    LoRA+ (arXiv 2402.12354, section 4): B learns at `loraplus_ratio` times the rate of A. Decay is for A and B: it would shrink
-    a magnitude, which is as large as the weight itself, and not an update of it.
+    LoRA+ (arXiv 2402.12354, section 4): B learns at `loraplus_ratio` times the rate of A. Decay is for A, B and
+    the change of scales: it would shrink a magnitude, which is as large as the weight itself, and not an update of it.
     """
-    kinds: dict[str, list[nn.Parameter]] = {"A": [], "B": [], "magnitude": [], "head": []}
+    kinds: dict[str, list[nn.Parameter]] = {"A": [], "B": [], "magnitude": [], "scales": [], "head": []}
     place: dict[int, str] = {}
     for adapter in adapters(model).values():
         place |= {id(adapter.lora_A): "A", id(adapter.lora_B): "B", id(adapter.lora_magnitude_vector): "magnitude"}
+    place |= {id(layer.change): "scales" for layer in scaled_layers(model).values()}
     for parameter in trainable(model).values():
         kinds[place.get(id(parameter), "head")].append(parameter)
     scales = {"B": loraplus_ratio or 1.0, "head": HEAD_RATE}
     groups = [
         {
             "params": parameters,
-            "weight_decay": weight_decay if kind in ("A", "B") else 0.0,
+            "weight_decay": weight_decay if kind in ("A", "B", "scales") else 0.0,
             "lr_scale": scales.get(kind, 1.0),
         }
         for kind, parameters in kinds.items()
