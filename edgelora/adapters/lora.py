@@ -17,11 +17,14 @@ from torch import Tensor, nn
 
 from edgelora.adapters.initialize import FROM_WEIGHT, INITIALIZATIONS, Start, from_pattern
 from edgelora.models.linear_group import LinearGroup, linears
+from edgelora.models.scale_gradient import of_codes, scale_gradient
 from edgelora.quant.grid import QuantizedTensor, quantize
 
 if TYPE_CHECKING:
     from edgelora.config import FinetuneConfig
     from edgelora.models.linear import FrozenLinear
+
+TOKENS_PER_SCALE = 4  # the gradient of block scales is a matrix product more: on all tokens a third of a step's time
 
 
 @dataclass(frozen=True)
@@ -95,8 +98,10 @@ def combine(weight_NK: Tensor, factors: Factors) -> Tensor:
 class LoRA(nn.Module):
     """An adapter around a frozen linear layer. `enabled = False` gives the base layer's output.
 
-    With `grid`, (bits, block size), the layer computes with the merged weight as it ships: rounded. With `initial`, (A0, B0),
-    it acts by what its product has become since: s·(BA - B0 A0), of rank 2r (initialize.py).
+    With `grid`, (bits, block size), the layer computes with the merged weight as it ships: rounded, unless `unrounded` is set for
+    a while. Its block scales are those of `quantize` times exp(`log_scales`), which are trained too (`learn_scales`), or
+    `shipped_scales` where training is over. With `initial`, (A0, B0), it acts by what its product has become since:
+    s·(BA - B0 A0), of rank 2r (initialize.py).
     """
 
     def __init__(self, base: FrozenLinear, factors: Factors, dropout: float = 0.0) -> None:
@@ -107,13 +112,16 @@ class LoRA(nn.Module):
         self.dropout = dropout
         self.enabled = True
         self.grid: tuple[int, int] | None = None
+        self.unrounded = False
+        self.log_scales: nn.Parameter | None = None
+        self.shipped_scales: Tensor | None = None
         self.initial: tuple[Tensor, Tensor] | None = None
         self.lora_A = nn.Parameter(factors.a)
         self.lora_B = nn.Parameter(factors.b)
         self.lora_magnitude_vector = None if factors.magnitude is None else nn.Parameter(factors.magnitude)
         self._norms: tuple[tuple[int, int], Tensor] | None = None
         self._alone: LinearGroup | None = None
-        self._rounded: tuple[tuple[int, int], QuantizedTensor] | None = None
+        self._rounded: tuple[tuple[int, ...], QuantizedTensor] | None = None
 
     @classmethod
     def from_base(cls, base: FrozenLinear, settings: LoRASettings) -> Self:
@@ -198,7 +206,7 @@ class LoRA(nn.Module):
     @property
     def apart(self) -> bool:
         """Whether s·BA is added to the frozen layer's product, and is not part of the weight, as it is on the grid."""
-        return not self.enabled or self.grid is None
+        return not self.enabled or self.grid is None or self.unrounded
 
     def trained(self) -> tuple[Factors, Factors] | None:
         """Return the parameters themselves, and how they act, unless the adapter is switched off."""
@@ -208,12 +216,25 @@ class LoRA(nn.Module):
         """Return the frozen weight `[N, K]` as it is stored, or on the grid Q(W0 + s·BA)."""
         return self.base.weight_data() if self.apart else self.rounded()
 
+    def learn_scales(self) -> None:
+        """Let the block scales be trained with the adapter: from now on there is a parameter more. Needs `grid`."""
+        assert self.grid is not None
+        self.log_scales = nn.Parameter(torch.zeros(self.out_features, -(-self.in_features // self.grid[1])))
+
     def scaled(self) -> Tensor | None:
-        """Return the trained block scales."""
-        return None
+        """Return the trained logarithms of the block scales, None where they are not trained or the layer is not rounded."""
+        return None if self.apart else self.log_scales
 
     def scale_gradient(self, grad_TN: Tensor, h_TK: Tensor) -> Tensor:
-        raise NotImplementedError("no scales are trained here")
+        """Return the gradient of `log_scales`: s·Σ dW (q - z) over each block, s = bf16(s_max · exp(log_scales)).
+
+        The codes are those of W / s_max and do not depend on what is learned (LR-QAT, arXiv 2406.06385, section 3). The rounding
+        of s to bf16 counts as if it were none. One token in TOKENS_PER_SCALE is looked at, and counts as so many.
+        """
+        tensor = self.rounded()
+        few_TN, few_TK = grad_TN[::TOKENS_PER_SCALE], h_TK[::TOKENS_PER_SCALE]
+        found = scale_gradient(few_TN, few_TK, tensor.block_size, of_codes(tensor))
+        return found.mul_(tensor.scales).mul_(TOKENS_PER_SCALE)
 
     def _rescale(self, base_TN: Tensor, low_TR: Tensor, magnitude_N: Tensor) -> Tensor:
         """DoRA: (x W0ᵀ + s·x AᵀBᵀ) · m / ‖W0 + s·BA‖ + bias, the norm taken as a constant (the paper's section 4.3)."""
@@ -233,12 +254,21 @@ class LoRA(nn.Module):
     def rounded(self) -> QuantizedTensor:
         """Return the merged weight on the grid, rounded once after each change of A and B, in the same memory. Needs `grid`."""
         assert self.grid is not None
-        versions = (self.lora_A._version, self.lora_B._version)
+        versions = tuple(p._version for p in (self.lora_A, self.lora_B, self.log_scales) if p is not None)
         if self._rounded is None or self._rounded[0] != versions:
             with torch.inference_mode(False), torch.no_grad():
                 last = self._rounded[1] if self._rounded is not None and self._rounded[1].bits == self.grid[0] else None
-                self._rounded = versions, quantize(self.merge(), *self.grid, into=last)
+                tensor = quantize(self.merge(), *self.grid, into=last)
+                if self.shipped_scales is not None:
+                    tensor.scales.copy_(self.shipped_scales)
+                elif self.log_scales is not None:
+                    tensor.scales.copy_(torch.exp(self.log_scales).mul_(tensor.scales).bfloat16())
+                self._rounded = versions, tensor
         return self._rounded[1]
+
+    def ship(self, scales: Tensor) -> None:
+        """Take the block scales fp32 `[N, blocks]` that training ended with; they are not trained any more."""
+        self.shipped_scales, self.log_scales, self._rounded = scales, None, None
 
     def delta(self) -> Tensor:
         """Return what the adapter adds to the weight, s·BA or s·(BA - B0 A0), fp32 `[N, K]`."""
