@@ -19,11 +19,24 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 OUTLIER = 1.02
 LARGEST_SHARE = 0.1
 
 PRECISION_BITS: dict[str, int | None] = {"int4": 4, "int8": 8, "fp32": None}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a layer is stored."""
+
+    bits: int
+    block_size: int
+
+    def num_bytes(self, num_outputs: int, num_inputs: int) -> int:
+        """Return the bytes of codes and scales; blocks are whole."""
+        return num_outputs * -(-num_inputs // self.block_size) * (self.block_size * self.bits // 8 + 4)
 
 
 def choose_bits(

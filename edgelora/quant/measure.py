@@ -38,18 +38,18 @@ class Rounded:
 
 
 def round_layer(base_NK: Tensor, merged_NK: Tensor | None, bits: int, block_size: int) -> Rounded:
-    """Round the merged weight (the base itself if None) and measure the error, a few rows at a time."""
+    """Round the merged weight (the base itself if None) to nearest and measure the error."""
+    return measured(base_NK, merged_NK, quantize(base_NK if merged_NK is None else merged_NK, bits, block_size))
+
+
+def measured(base_NK: Tensor, merged_NK: Tensor | None, tensor: QuantizedTensor) -> Rounded:
+    """Measure what `tensor` makes of the merged weight (the base itself if None), a few rows at a time."""
     weight_NK = base_NK if merged_NK is None else merged_NK
-    num_outputs, num_inputs = weight_NK.shape
-    num_blocks = -(-num_inputs // block_size)
-    codes = torch.empty(num_outputs, num_blocks, block_size * bits // 8, dtype=torch.uint8)
-    scales = torch.empty(num_outputs, num_blocks)
     weight_2 = error_2 = delta_2 = moved = largest = 0.0
-    for rows in row_chunks(num_outputs, num_inputs):
+    for rows in row_chunks(*weight_NK.shape):
         weight = weight_NK[rows].float()
-        rounded = quantize(weight, bits, block_size)
-        codes[rows], scales[rows] = rounded.codes, rounded.scales
-        shipped = dequantize(rounded)
+        part = QuantizedTensor(tensor.codes[rows], tensor.scales[rows], tensor.bits, tensor.block_size, tensor.num_inputs)
+        shipped = dequantize(part)
         error = shipped - weight
         weight_2 += square(weight)
         error_2 += square(error)
@@ -58,8 +58,7 @@ def round_layer(base_NK: Tensor, merged_NK: Tensor | None, bits: int, block_size
             base = base_NK[rows].float()
             delta = weight - base
             delta_2 += square(delta)
-            moved += inner(shipped - dequantize(quantize(base, bits, block_size)), delta)
-    tensor = QuantizedTensor(codes, scales, bits, block_size, num_inputs)
+            moved += inner(shipped - dequantize(quantize(base, tensor.bits, tensor.block_size)), delta)
     relative = math.sqrt(error_2 / weight_2) if weight_2 else 0.0
     if not delta_2:
         return Rounded(tensor, relative, largest)
