@@ -22,6 +22,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgelora.errors import ModelError
+from edgelora.export.adapters import Branches
 from edgelora.export.graph import MICROSOFT, Array, GraphBuilder
 from edgelora.export.lengths import Lengths, new_positions, selected_rows
 from edgelora.export.linear import LinearLayers, Weights
@@ -45,12 +46,13 @@ class DecoderBuilder:
     spec: DecoderSpec
     max_positions: int
     accuracy_levels: Mapping[str, int] = field(default_factory=dict)
+    branches: Branches | None = None
 
     def __post_init__(self) -> None:
         if self.spec.head_dim % 8:
             raise ModelError(f"heads of {self.spec.head_dim} channels: ONNX Runtime's attention takes multiples of 8")
         self.g = GraphBuilder("decoder")
-        self.layers = LinearLayers(self.g, self.weights, self.accuracy_levels)
+        self.layers = LinearLayers(self.g, self.weights, self.accuracy_levels, branches=self.branches)
         self.ropes: dict[Rope, tuple[ir.Value, ir.Value]] = {}
         self.places: ir.Value | None = None
 
@@ -269,7 +271,13 @@ class DecoderBuilder:
 
 
 def build_decoder(
-    weights: Weights, spec: DecoderSpec, *, max_positions: int | None = None, accuracy_levels: Mapping[str, int] | None = None
+    weights: Weights,
+    spec: DecoderSpec,
+    *,
+    max_positions: int | None = None,
+    accuracy_levels: Mapping[str, int] | None = None,
+    branches: Branches | None = None,
 ) -> DecoderGraph:
-    """Build the graph of a decoder from a merged checkpoint. `accuracy_levels` names the linears that are not at level 4."""
-    return DecoderBuilder(weights, spec, max_positions or spec.max_positions, accuracy_levels or {}).build()
+    """Build the graph of a decoder from a merged checkpoint. `accuracy_levels` names the linears that are not at level 4,
+    `branches` are the adapters beside the weights."""
+    return DecoderBuilder(weights, spec, max_positions or spec.max_positions, accuracy_levels or {}, branches).build()

@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
+from edgelora.export.adapters import Branches, add_branch
 from edgelora.export.graph import MICROSOFT, Array, GraphBuilder
 from edgelora.quant.grid import QuantizedTensor
 
@@ -45,6 +46,7 @@ class LinearLayers:
     weights: Weights
     accuracy_levels: Mapping[str, int] = field(default_factory=dict)  # path → level, where it is not FAST_LEVEL
     nodes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    branches: Branches | None = None  # adapters beside the weights
     _grids: dict[str, tuple[ir.Value, ir.Value]] = field(default_factory=dict)
 
     def storage(self, path: str) -> tuple[int, int, int]:
@@ -60,6 +62,14 @@ class LinearLayers:
     def linear(self, x: ir.Value, *paths: str) -> ir.Value:
         """Return x `[…, K]` through the layers at `paths`, their outputs side by side on the last axis."""
         name = joined(paths)
+        y = self._product(x, name, paths)
+        if self.branches is None:
+            return y
+        bounds = np.cumsum([0, *(self.weights.shape(f"{path}.weight")[0] for path in paths)]).tolist()
+        rows = {path: [start, stop] for path, start, stop in zip(paths, bounds, bounds[1:], strict=False)}
+        return add_branch(self.graph, self.branches, name, x, y, self.weights.shape(f"{paths[0]}.weight")[1], rows)
+
+    def _product(self, x: ir.Value, name: str, paths: Sequence[str]) -> ir.Value:
         bits, block_size, level = self.storage(paths[0])
         bias = self._bias(name, paths)
         if bits == 32:

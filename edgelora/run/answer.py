@@ -19,6 +19,7 @@ def run(
     config: GenerateConfig | None = None,
     *,
     threads: int | None = None,
+    adapter: str | None = None,
     write: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Return {"output": …, "task": …}: one output for one input, a list for several.
@@ -28,7 +29,7 @@ def run(
     """
     if not inputs:
         raise UserError("no input was given", hint=f'edgelora run {bundle} "some text"')
-    model = load(bundle, threads=threads)
+    model = load(bundle, threads=threads, adapter=adapter)
     outputs = [run_one(model, text, config, write) for text in inputs]
     return {"task": model.task, "output": outputs[0] if len(outputs) == 1 else outputs}
 

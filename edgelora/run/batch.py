@@ -29,6 +29,7 @@ def run_file(
     *,
     columns: Mapping[str, str] | None = None,
     threads: int | None = None,
+    adapter: str | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write `out` (JSONL, atomically): every row of a data file with an `output` added.
@@ -38,7 +39,7 @@ def run_file(
     """
     if out.exists() and not overwrite:
         raise FolderError(f"{out} exists already", hint="add --overwrite, or choose another file with --output")
-    model = load(bundle, threads=threads)
+    model = load(bundle, threads=threads, adapter=adapter)
     wanted = ("messages", "prompt", "text") if model.task == "text-generation" else ("text",)
     read = read_rows(rows, wanted, columns or {})
     started = time.perf_counter()

@@ -19,6 +19,7 @@ def chat(
     config: GenerateConfig | None = None,
     *,
     threads: int | None = None,
+    adapter: str | None = None,
     read: Callable[[str], str] = input,
     write: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def chat(
     Raises UserError where the bundle cannot chat.
     """
     show = write or (lambda text: print(text, end="", flush=True))
-    model = load(bundle, threads=threads)
+    model = load(bundle, threads=threads, adapter=adapter)
     if model.generator.tokenizer.chat_template is None:
         raise UserError(f"{bundle} has no chat template: it continues text", hint=f'edgelora run {bundle} "some text"')
     show(f"{HELP}\n")

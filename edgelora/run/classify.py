@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelora.errors import FolderError
+from edgelora.run.adapters import Adapter, initializers
 from edgelora.run.session import open_session
 from edgelora.tasks.base import Example
 from edgelora.tasks.text_classification import TextClassification
@@ -27,19 +28,26 @@ Labelled = list[tuple[str, float]]  # (label, probability), the most probable fi
 class Classifier:
     """An encoder with a classification head, its tokenizer and its labels."""
 
-    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, *, threads: int | None = None, adapter: Adapter | None = None) -> None:
+        self.bundle, self.threads = bundle, threads
         self.task = TextClassification()
         self.tokenizer = Tokenizer.from_folder(bundle.folder)
         self.labels = list(bundle.labels)
         self.max_length = bundle.max_length
         self.pad_token_id = bundle.pad_token_id or self.tokenizer.pad_token_id or 0
-        self.session = open_session(bundle.model_path, threads=threads)
+        self.use(adapter)
         self.input_names = {value.name for value in self.session.get_inputs()}
         if unknown := self.input_names - {"input_ids", "attention_mask", "token_type_ids"}:
             raise FolderError(f"{bundle.model_path} is not a text classifier: it asks for {', '.join(sorted(unknown))}")
         width = self.session.get_outputs()[0].shape[-1]
         if isinstance(width, int) and width != len(self.labels):
             raise FolderError(f"{bundle.folder} lists {len(self.labels)} labels, but its model has {width} outputs")
+
+    def use(self, adapter: Adapter | None) -> None:
+        """Let an adapter act from now on, or the base alone: in a new session."""
+        self.adapter = adapter
+        self.initializers = initializers(self.bundle, adapter)  # the session reads from their memory
+        self.session = open_session(self.bundle.model_path, threads=self.threads, initializers=self.initializers)
 
     def classify(self, texts: Sequence[str | tuple[str, str]], *, batch_size: int = 16) -> list[Labelled]:
         """Return for each text, or pair, all labels with their probability; what exceeds the model's length is cut."""

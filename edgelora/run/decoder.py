@@ -1,22 +1,26 @@
 """A decoder with its KV cache: past and present of a layer are one buffer, bound once, written in place.
 
 Graph inputs: input_ids, attention_mask int64 [1, …]; past_key_values.N.key/value fp32 [1, kv_heads, past, head_dim];
-num_logits_to_keep int64 [] (optional). Outputs: logits fp32 [1, positions, vocabulary]; present.N.key/value.
+num_logits_to_keep int64 [] (optional); an adapter's A and B (optional, run/adapters.py).
+Outputs: logits fp32 [1, positions, vocabulary]; present.N.key/value.
 GroupQueryAttention takes the number of valid positions from attention_mask, so the buffers can be longer than what they
 hold, and lowering `length` rewinds. Source: the operator specification of com.microsoft.GroupQueryAttention.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgelora.errors import FolderError, UserError
 from edgelora.run.session import open_session
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
 
 SELECTOR = "num_logits_to_keep"
 FIRST_CAPACITY = 256  # positions; doubled when more are needed
@@ -27,11 +31,18 @@ SCORED_FLOATS = 4 << 20  # logits that `score` holds at once: 16 MB
 class DecoderSession:
     """One sequence. Logits are views of a buffer that the next call overwrites."""
 
-    def __init__(self, model: Path, *, max_length: int, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        model: Path,
+        *,
+        max_length: int,
+        threads: int | None = None,
+        initializers: Mapping[str, ort.OrtValue] | None = None,
+    ) -> None:
         self.max_length = max_length
         self.length = 0  # valid positions in the cache
-        self.session = open_session(model, threads=threads)
-        self.binding = self.session.io_binding()
+        self.initializers = dict(initializers or {})  # the session reads from their memory
+        self.session = open_session(model, threads=threads, initializers=self.initializers)
         inputs = {value.name: value for value in self.session.get_inputs()}
         overridable = {value.name for value in self.session.get_overridable_initializers()}
         outputs = {value.name: value for value in self.session.get_outputs()}
@@ -50,9 +61,23 @@ class DecoderSession:
         self._ids = np.zeros((1, CHUNK), np.int64)
         self._mask = np.zeros((1, 0), np.int64)
         self._logits = np.empty((1, self.vocab_size), np.float32)
+        self.set_factors({})
+
+    def set_factors(self, factors: Mapping[str, ort.OrtValue]) -> None:
+        """Let an adapter's A and B, by the graph's input names, act from now on; without any, the base alone.
+
+        The cache is forgotten: its keys and values are another model's.
+        """
+        self.length = 0
+        self.factors = dict(factors)  # bound by address
+        self.binding = self.session.io_binding()  # what is bound once cannot be taken out alone
         self._bind_output("logits", self._logits, (1, 1, self.vocab_size))  # the first one bound is get_outputs()[0]
         if self.selects:
             self._bind_input(SELECTOR, self._num_logits, ())
+        for name, value in self.factors.items():
+            self.binding.bind_ortvalue_input(name, value)
+        for name, array in self.cache.items():
+            self._bind_cache(name, array)
 
     def prefill(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Append tokens and return the logits `[vocabulary]` after the last of them.
@@ -108,8 +133,7 @@ class DecoderSession:
             if name in self.cache:
                 grown[:, :, : self.length] = self.cache[name][:, :, : self.length]
             self.cache[name] = grown
-            self._bind_input(name, grown, grown.shape)
-            self._bind_output(name.replace("past_key_values", "present"), grown, grown.shape)
+            self._bind_cache(name, grown)
 
     def _run(self, ids: Sequence[int], num_logits: int) -> NDArray[np.float32]:
         """Run `ids` at the end of the cache and return `[num_logits, vocabulary]` of the last positions."""
@@ -129,6 +153,10 @@ class DecoderSession:
             return self._logits
         rows: NDArray[np.float32] = self.binding.get_outputs()[0].numpy()[0]
         return rows[kept - num_logits :]
+
+    def _bind_cache(self, name: str, array: NDArray[np.float32]) -> None:
+        self._bind_input(name, array, array.shape)
+        self._bind_output(name.replace("past_key_values", "present"), array, array.shape)
 
     def _bind_input(self, name: str, array: NDArray[Any], shape: tuple[int, ...]) -> None:
         """Bind the memory of `array`, or its beginning, by address: nothing is copied."""

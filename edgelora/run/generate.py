@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from edgelora.config import GenerateConfig
 from edgelora.errors import UserError
+from edgelora.run.adapters import Adapter, initializers, read_factors
 from edgelora.run.decoder import DecoderSession
 from edgelora.run.sampling import Sampler
 from edgelora.tokenizer import Tokenizer
@@ -23,12 +24,36 @@ if TYPE_CHECKING:
 class Generator:
     """A decoder with its tokenizer. The cache outlives an answer: the next prompt computes only what differs."""
 
-    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, *, threads: int | None = None, adapter: Adapter | None = None) -> None:
+        self.bundle, self.threads = bundle, threads
         self.tokenizer = Tokenizer.from_folder(bundle.folder)
-        self.decoder = DecoderSession(bundle.model_path, max_length=bundle.max_length, threads=threads)
+        self.adapter = adapter
+        self.decoder = self._open(adapter)
         self.stop_token_ids = frozenset(bundle.eos_token_ids) | self.tokenizer.stop_token_ids
         self.cached: list[int] = []  # the tokens that the cache holds, in order
         self.writing: Answer | None = None  # whose tokens they are
+        self.use(adapter)
+
+    def use(self, adapter: Adapter | None) -> None:
+        """Let an adapter act from now on, or the base alone. Only scales, which are packed at load, need a new session."""
+        scales = adapter is not None and adapter.kind == "scales"
+        factors = {}
+        if adapter is not None and not scales:
+            inputs = {value.name: value for value in self.decoder.session.get_overridable_initializers()}
+            factors = read_factors(adapter.path, inputs)
+        if self.adapter != adapter and (scales or self.decoder.initializers):
+            self.decoder = self._open(adapter)
+        self.adapter = adapter
+        self.decoder.set_factors(factors)
+        self.forget()
+
+    def _open(self, adapter: Adapter | None) -> DecoderSession:
+        return DecoderSession(
+            self.bundle.model_path,
+            max_length=self.bundle.max_length,
+            threads=self.threads,
+            initializers=initializers(self.bundle, adapter),
+        )
 
     def start(self, prompt: Prompt, config: GenerateConfig, *, tools: Sequence[Any] | None = None) -> Answer:
         """Return the answer to a prompt, written while it is iterated over."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgelora.config import GenerateConfig, replace
 from edgelora.errors import SettingsError, UserError
+from edgelora.run.adapters import find
 
 if TYPE_CHECKING:
     from edgelora.bundle import Bundle
@@ -18,20 +19,21 @@ if TYPE_CHECKING:
 Prompt = str | Sequence[Mapping[str, Any]]  # a text, or chat messages {"role": …, "content": …}
 
 
-def load(bundle: str | Path, *, threads: int | None = None) -> Model:
-    """Open a bundle and its ONNX session on `threads` threads (default: the physical cores).
+def load(bundle: str | Path, *, threads: int | None = None, adapter: str | None = None) -> Model:
+    """Open a bundle, with one of its adapters if named, and its ONNX session on `threads` threads (default: physical cores).
 
-    Raises FolderError where it is no bundle or a damaged one.
+    Raises FolderError where it is no bundle or a damaged one, SettingsError where it has no such adapter.
     """
     from edgelora.bundle import open_bundle
 
-    return Model(open_bundle(Path(bundle)), threads=threads)
+    return Model(open_bundle(Path(bundle)), threads=threads, adapter=adapter)
 
 
 class Model:
-    """A loaded bundle. `generate` and `stream` for decoders, `classify` for classifiers."""
+    """A loaded bundle. `generate` and `stream` for decoders, `classify` for classifiers, `use` for its adapters."""
 
-    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, *, threads: int | None = None, adapter: str | None = None) -> None:
+        found = None if adapter is None else find(bundle, adapter)
         self.bundle = bundle
         self.task = bundle.task
         self.labels = bundle.labels
@@ -40,16 +42,28 @@ class Model:
         if self.task == "text-generation":
             from edgelora.run.generate import Generator
 
-            self._generator = Generator(bundle, threads=threads)
+            self._generator = Generator(bundle, threads=threads, adapter=found)
         elif self.task == "text-classification":
             from edgelora.run.classify import Classifier
 
-            self._classifier = Classifier(bundle, threads=threads)
+            self._classifier = Classifier(bundle, threads=threads, adapter=found)
         else:
             raise UserError(
                 f'{bundle.folder} is for the task "{self.task}", which this EdgeLoRA cannot run',
                 hint="pip install --upgrade edgelora",
             )
+
+    @property
+    def adapter(self) -> str | None:
+        """The name of the adapter that acts, None for the base alone."""
+        acting = (self._generator or self.classifier).adapter
+        return None if acting is None else acting.name
+
+    def use(self, adapter: str | None) -> None:
+        """Let the adapter of that name act from now on, or with None the base alone. Answers that are half written go on with
+        it. Raises SettingsError where the bundle has no such adapter."""
+        found = None if adapter is None else find(self.bundle, adapter)
+        (self._generator or self.classifier).use(found)
 
     @property
     def generator(self) -> Generator:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,17 +13,24 @@ if TYPE_CHECKING:
     import onnxruntime as ort
 
 
-def open_session(model: Path, *, threads: int | None = None) -> ort.InferenceSession:
+def open_session(
+    model: Path, *, threads: int | None = None, initializers: Mapping[str, ort.OrtValue] | None = None
+) -> ort.InferenceSession:
     """Return a CPU session of a .onnx file on `threads` threads (default: the physical cores).
 
+    `initializers` take the place of the file's own weights of these names and shapes; they must live as long as the session,
+    which reads from their memory.
     Raises FolderError where the file is missing, damaged or not understood, MachineError where memory is short.
     """
     import onnxruntime as ort
 
     if not model.is_file():
         raise FolderError(f"{model} does not exist", hint="export the bundle again with --overwrite")
+    options = session_options(threads)
     try:
-        return ort.InferenceSession(str(model), session_options(threads), providers=["CPUExecutionProvider"])
+        if initializers:
+            options.add_external_initializers(list(initializers), list(initializers.values()))
+        return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
     except MemoryError:
         raise MachineError(f"not enough memory to load {model}", hint="close other programs") from None
     except Exception as error:  # onnxruntime's classes derive from Exception alone, and differ between its releases
