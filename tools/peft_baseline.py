@@ -137,6 +137,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--weight-decay", type=float, default=0.01, help="torch's default, which PEFT's users get")
     parser.add_argument("--init", type=Path, help="adapter_model.safetensors whose A this run starts from")
+    parser.add_argument("--save", type=Path, metavar="FOLDER", help="save the adapter there, in PEFT's format")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-checkpointing", action="store_true")
@@ -158,6 +159,8 @@ def main() -> None:
         steps = steps_of_file(path)
     model = load(arguments)
     result = train(model, islice(steps, arguments.steps), arguments)
+    if arguments.save is not None:
+        model.save_pretrained(arguments.save)
     print(json.dumps({**result, "peak_rss_mb": peak_rss_mb(), "checkpointing": not arguments.no_checkpointing}))
 
 
