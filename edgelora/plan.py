@@ -70,9 +70,11 @@ def plan(model: str, data: str, config: FinetuneConfig, *, probe: bool = True) -
     from edgelora.planner import make_planner
     from edgelora.train.loading import Stages, load_planned
     from edgelora.train.run import length_limit
+    from edgelora.train.scales_grid import refuse_settings
 
     memory.settle()
     refuse_combinations(config)
+    refuse_settings(config)
     source = open_model(model, trust_remote_code=config.trust_remote_code)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

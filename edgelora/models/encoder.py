@@ -128,7 +128,7 @@ def load_encoder(
     keep_head = not labels or known == list(labels)
     sections = encoder_sections(network, source, prefix, base_bits)
     if layer_bits:
-        own = [{path: layer_bits[path] for path, in section.groups if path in layer_bits} for section in sections]
+        own = [{path: layer_bits[path] for (path,) in section.groups if path in layer_bits} for section in sections]
         sections = [dataclasses.replace(section, bits=bits) for section, bits in zip(sections, own, strict=True)]
     weights = open_base(source, sections, base_bits, block_size)
     _fill(network, weights, base_bits, block_size, prefix, heads, keep_head=keep_head)

@@ -14,6 +14,7 @@ import numpy as np
 from edgelora import console, folder, hardware, memory
 from edgelora.adapters import inject, peft_format
 from edgelora.adapters.initialize import refuse_combinations
+from edgelora.adapters.scales import LEARNING_RATE, scaled_layers
 from edgelora.config import FinetuneConfig
 from edgelora.data.prepare import Prepared, prepare
 from edgelora.data.store import Store
@@ -23,7 +24,7 @@ from edgelora.models.source import ModelSource, open_model
 from edgelora.planner import make_planner
 from edgelora.tasks import get_task
 from edgelora.tokenizer import Tokenizer
-from edgelora.train import checkpoint
+from edgelora.train import checkpoint, scales_grid
 from edgelora.train.batches import Schedule
 from edgelora.train.checkpoint import State
 from edgelora.train.loading import Stages, load, load_planned, round_as_shipped
@@ -31,6 +32,7 @@ from edgelora.train.loop import Job, Trainer
 from edgelora.train.observe import observe
 from edgelora.train.prefix import PrefixedPredictor, Prefixes, open_prefixes
 from edgelora.train.run import DATA, Run, copy_model_files, length_limit
+from edgelora.train.scales_grid import trains_scales
 
 if TYPE_CHECKING:
     from edgelora.models.decoder import Decoder
@@ -76,6 +78,7 @@ def finetune(
 def start(out: Path, source: ModelSource, data: str, config: FinetuneConfig, stages: Stages) -> tuple[Run, Model]:
     """Prepare rows, plan and model, then put the new run folder in its place: what is refused leaves nothing behind."""
     refuse_combinations(config)
+    scales_grid.refuse_settings(config)
     staging = out.with_name(f".{out.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
@@ -160,7 +163,7 @@ class Training:
         self.stages.seconds = state.seconds
         console.say(f"scoring the adapter of step {state.best['step']}")
         with self.stages.time("table"):
-            peft_format.apply(self.model, peft_format.load(self.out))
+            self.apply_kept()
             adapted = self.score(generate=self.short_answers())
         if self.prefixes is not None:
             self.prefixes.close(remove=True)
@@ -192,7 +195,7 @@ class Training:
             store=self.store,
             rows=rows,
             config=config,
-            learning_rate=config.learning_rate or self.task.learning_rate,
+            learning_rate=config.learning_rate or (LEARNING_RATE if trains_scales(config) else self.task.learning_rate),
             micro_batch=self.plan.micro_batch,
             optimizer_bits=self.plan.optimizer_bits,
             trim_above_mb=TRIM_ABOVE * self.plan.budget_mb,
@@ -205,6 +208,9 @@ class Training:
     def keep(self) -> None:
         """Write the adapter as it is now: the best so far."""
         config = self.config
+        if trains_scales(config):
+            scales_grid.keep(self.model, self.run, self.out)
+            return
         adapter = peft_format.from_model(
             self.model,
             rslora=config.rslora,
@@ -213,6 +219,12 @@ class Training:
             task_type=peft_format.TASK_TYPES.get(self.task.auto_class),
         )
         peft_format.save(adapter, self.out, paths=list(self.model.linears()))
+
+    def apply_kept(self) -> None:
+        if trains_scales(self.config):
+            scales_grid.apply_kept(self.model, self.out)
+        else:
+            peft_format.apply(self.model, peft_format.load(self.out))
 
     def score(self, *, generate: bool) -> Metrics:
         limits = {"batch_tokens": self.plan.scoring_tokens, "cache_bytes": round(self.plan.cache_mb * (1 << 20))}
@@ -238,7 +250,7 @@ class Training:
                 {
                     "rows": len(self.store),
                     "steps": num_steps,
-                    "adapters": len(inject.adapters(self.model)),
+                    "adapters": len(inject.adapters(self.model)) + len(scaled_layers(self.model)),
                     "base bits": plan.base_bits,
                     "micro-batch": plan.micro_batch,
                     "kept blocks": plan.kept_blocks,

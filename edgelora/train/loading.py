@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from edgelora.adapters import inject
+from edgelora.adapters import inject, scales
 from edgelora.adapters.lora import LoRASettings
 from edgelora.data.prepare import Prepared
 from edgelora.models import gemm
@@ -23,7 +23,7 @@ from edgelora.plan import Plan
 from edgelora.planner import Planner
 from edgelora.tasks import get_task
 from edgelora.tokenizer import Tokenizer
-from edgelora.train import on_grid, probe
+from edgelora.train import on_grid, probe, scales_grid
 from edgelora.train.probe import Probe
 from edgelora.train.run import Run
 from edgelora.train.targets import target_modules
@@ -64,8 +64,10 @@ def load_planned(
     facts = {"reference": source.reference, "fingerprint": source.fingerprint, "license": source.license}
     plan, choice = planner.plan()
     tried: Plan | None = None
+    config = planner.situation.config
+    grid = scales_grid.choose_grid(source, prepared.task, config) if scales_grid.trains_scales(config) else {}
     while True:
-        run = Run(facts, data, prepared.task, prepared.labels, planner.situation.config, plan)
+        run = Run(facts, data, prepared.task, prepared.labels, config, plan, grid)
         network = load(source, run, stages)
         run = round_as_shipped(network, run)
         network.keeping = plan.keeping(folder)
@@ -90,14 +92,23 @@ def load(source: ModelSource, run: Run, stages: Stages) -> Model:
     gemm.use(plan.matmul)
     torch.manual_seed(config.seed)
     with stages.time("load"):
-        network = load_model(source, run.task, base_bits=plan.base_bits, labels=run.labels, streamed=plan.stream)
+        bits = run.grid["bits"] if scales_grid.trains_scales(config) else None
+        network = load_model(
+            source, run.task, base_bits=plan.base_bits, labels=run.labels, streamed=plan.stream, bits=bits
+        )  # fmt: skip
         targets = target_modules(list(network.linears()), config, run.task)
-        inject.attach(network, LoRASettings.from_config(config), targets)
+        if scales_grid.trains_scales(config):
+            scales.attach(network, targets)
+        else:
+            inject.attach(network, LoRASettings.from_config(config), targets)
     return network
 
 
 def round_as_shipped(network: Model, run: Run) -> Run:
     """Put the adapters on the grid that will ship, where the run trains on it; return the run with that grid recorded."""
+    if scales_grid.trains_scales(run.settings):
+        codes = run.grid.get("codes") or scales_grid.code_digests(network)
+        return dataclasses.replace(run, grid={**run.grid, "codes": codes})
     if not on_grid.applies(run.settings, run.plan.base_bits):
         return run
     run = dataclasses.replace(run, grid=run.grid or on_grid.choose_grid(network, run.settings))

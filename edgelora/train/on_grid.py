@@ -29,7 +29,8 @@ def applies(config: FinetuneConfig, base_bits: int) -> bool:
 
     Not with DoRA or dropout, which have no form in weight space with a straight-through gradient here.
     """
-    return bool(PRECISION_BITS[config.precision]) and base_bits >= LEAST_BASE_BITS and not config.dora and not config.dropout
+    rounds = config.method == "lora" and bool(PRECISION_BITS[config.precision]) and base_bits >= LEAST_BASE_BITS
+    return rounds and not config.dora and not config.dropout
 
 
 def choose_grid(model: Decoder | Encoder, config: FinetuneConfig) -> dict[str, Any]:

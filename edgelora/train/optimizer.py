@@ -141,10 +141,11 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
 def make_optimizer(
     model: nn.Module, learning_rate: float, weight_decay: float, *, loraplus_ratio: float | None = None, bits: int = 32
 ) -> AdamW:
-    """Return AdamW over the adapters' A, their B, DoRA's magnitudes, block scales and the head; `lr_scale` multiplies the schedule's rate.
+    """Return AdamW over the adapters' A, their B, DoRA's magnitudes, block scales' changes and the head; `lr_scale` multiplies
+    the schedule's rate.
 
-    LoRA+ (arXiv 2402.12354, section 4): B learns at `loraplus_ratio` times the rate of A. Decay is for A, B and
-    the change of scales: it would shrink a magnitude, which is as large as the weight itself, and not an update of it.
+    LoRA+ (arXiv 2402.12354, section 4): B learns at `loraplus_ratio` times the rate of A. Decay is for A, B and the changes: it
+    would shrink a magnitude, which is as large as the weight itself, and not an update of it.
     """
     kinds: dict[str, list[nn.Parameter]] = {"A": [], "B": [], "magnitude": [], "scales": [], "head": []}
     place: dict[int, str] = {}
