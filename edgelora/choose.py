@@ -121,7 +121,7 @@ def candidates(situation: Situation, line: Line) -> Iterator[Settings]:
 
     config, shape, chosen = situation.config, situation.shape, get_task(situation.task)
     wanted = target_modules([path for path, _, _ in shape.linears], config, situation.task)
-    targets = targeted(shape, wanted, config.rank, config.rank_pattern)
+    targets = targeted(shape, wanted, config.rank if config.method == "lora" else 0, config.rank_pattern)
     optimizer_bits = config.optimizer_bits or line.optimizer_bits
     if line.stream and (shape.encoder or shape.merged_bytes is not None):
         return  # decoders alone are streamed, from a file that is made for it
@@ -146,8 +146,12 @@ def given_up(settings: Settings) -> tuple[bool, bool, bool]:
 
 def base_bits(shape: ModelShape, config: FinetuneConfig) -> tuple[int, ...]:
     """Return the bits of the frozen weights to try; a model that is on the grid already has its own."""
+    from edgelora.quant.bits import PRECISION_BITS
+
     if config.base_bits is not None:
         return (config.base_bits,)
+    if config.method == "scales" and shape.merged_bytes is None:
+        return (PRECISION_BITS[config.precision] or 32,)  # the integers that ship
     return (32,) if shape.merged_bytes is not None else ALL_BITS
 
 

@@ -15,6 +15,8 @@ FP32 = 4
 BLOCK_SIZE = 32
 TILE_ROWS, TILE_LOGITS = 2048, 1 << 20  # models/head.py
 TILE = 1 << 23  # models/linear_group.py: elements unpacked at once
+ROWS_AT_ONCE = 1 << 20  # models/scale_gradient.py: elements of a weight's gradient at once
+LARGEST_SHARE = 0.1  # quant/bits.py: of the weights that get 8 bits
 MOMENT_BYTES = {32: 4.0, 8: 1.03}  # AdamW's two moments: 8 bits have one fp32 scale in 128 values or more
 STREAMED_BLOCKS = 3  # the one in use, the one read ahead, and the one that is being dropped
 
@@ -39,8 +41,14 @@ class Settings:
     keep_in_file: bool = False  # inputs of recomputed blocks go to a scratch file
     stream: bool = False  # base blocks are dropped from memory after use
     optimizer_bits: int = 32
-    targets: tuple[tuple[str, int], ...] = ()  # paths of the adapted layers, and their ranks
+    targets: tuple[tuple[str, int], ...] = ()  # paths of the adapted layers, and their ranks; 0: their block scales are trained
     grid_bits: int | None = None  # bits of their rounded weights, kept between steps where training is on the grid
+
+
+    @property
+    def scales(self) -> bool:
+        """Whether block scales are trained."""
+        return any(rank == 0 for _, rank in self.targets)
 
 
 @dataclass(frozen=True)
@@ -60,8 +68,10 @@ class Correction:
 
 
 def adapter_weights(shape: ModelShape, settings: Settings) -> int:
-    """Return the number of trained weights: A [r, K] and B [N, r] of each adapted layer."""
+    """Return the number of trained weights: A [r, K] and B [N, r] of each adapted layer, or its block scales."""
     ranks = dict(settings.targets)
+    if settings.scales:
+        return sum(outputs * -(-inputs // BLOCK_SIZE) for path, outputs, inputs in shape.linears if path in ranks)
     return sum(ranks.get(path, 0) * (outputs + inputs) for path, outputs, inputs in shape.linears)
 
 
@@ -125,6 +135,8 @@ def table_bytes(shape: ModelShape, bits: int) -> int:
 def resident_base_bytes(shape: ModelShape, settings: Settings) -> int:
     """Return the bytes of the frozen weights that are in memory at once; with streaming a few blocks and the tables."""
     whole = base_bytes(shape, settings.base_bits)
+    if settings.scales and settings.base_bits == 4:  # the layers that get 8 bits where the others get 4
+        whole += round(LARGEST_SHARE * shape.linear_weights * (bytes_per_weight(8) - bytes_per_weight(4)))
     if not settings.stream:
         return whole
     blocks = round(shape.linear_weights / max(1, shape.layers) * STREAMED_BLOCKS * bytes_per_weight(settings.base_bits))
@@ -186,4 +198,5 @@ def unpack_bytes(shape: ModelShape, settings: Settings) -> int:
     # Of 32-bit weights nothing is unpacked; codes become bytes first (quant/grid.py): two buffers of them for 4 bits.
     bits = settings.grid_bits or settings.base_bits
     codes = {8: 1, 4: 2}.get(bits, 0) * group
-    return (0 if whole and not settings.grid_bits else FP32 * max(group, tile)) + codes
+    part = FP32 * min(group, ROWS_AT_ONCE) if settings.scales else 0  # of a weight's own gradient
+    return (0 if whole and not settings.grid_bits else FP32 * max(group, tile)) + codes + part

@@ -57,12 +57,14 @@ def piece_seconds(shape: ModelShape, settings: Settings, tokens: float, supervis
     passes = (layers + costs.trained_blocks(shape, settings) + costs.recomputed_blocks(shape, settings)) / layers
     rate = REFERENCE_RATE * share_of_rate(tokens)
     head = 0 if shape.encoder else shape.vocab * shape.hidden
-    products = (2 * passes * tokens * shape.linear_weights + 4 * supervised * head) / rate
+    weights = 2 * tokens * costs.adapted_weights(shape, settings) if settings.scales else 0  # their own gradients
+    products = (2 * passes * tokens * shape.linear_weights + weights + 4 * supervised * head) / rate
     bits = settings.grid_bits or settings.base_bits
     unpacking = COPYING[bits] * passes * shape.linear_weights + COPYING[max(bits, 8)] * head
     adapted, rank = costs.adapted_weights(shape, settings), max((rank for _, rank in settings.targets), default=0)
     in_weights = 0.0 if settings.grid_bits else 2 * rank * passes * adapted / REFERENCE_RATE / SLOW_PRODUCTS
-    low_rank = 6 * tokens * costs.adapter_weights(shape, settings) / rate / SLOW_PRODUCTS
+    factors = 0 if settings.scales else costs.adapter_weights(shape, settings)
+    low_rank = 6 * tokens * factors / rate / SLOW_PRODUCTS
     elements = ELEMENT_SECONDS * passes * layers * tokens * costs.kept_per_token(shape)
     moved = 2 * tokens * costs.recomputed_blocks(shape, settings) * shape.hidden * settings.keep_bits / 8
     filed = moved / FILE_BYTES if settings.keep_in_file else 0.0

@@ -43,7 +43,7 @@ def refuse_settings(config: FinetuneConfig) -> None:
         problems.append(f"base_bits is {config.base_bits}; the integers that ship at {config.precision} have {bits}")
     if problems:
         raise SettingsError(
-            "\n  ".join(['settings that do not go with method "scales":', *problems]), hint='leave them out, or --method lora'
+            "\n  ".join(['settings that do not go with method "scales":', *problems]), hint="leave them out, or --method lora"
         )
 
 
