@@ -28,7 +28,7 @@ FILE = "scales.safetensors"
 FORMAT, VERSION = "edgelora-scales", "1"
 SUFFIX = ".scales"
 MAX_HEADER = 100_000_000  # the limit of the safetensors library
-TYPES = {"BF16": np.dtype(np.uint16), "F32": np.dtype(np.float32)}
+TYPES: dict[str, np.dtype[Any]] = {"BF16": np.dtype(np.uint16), "F32": np.dtype(np.float32)}
 
 Array = NDArray[np.float32]
 
@@ -142,9 +142,9 @@ def read_array(data: bytes, base: int, entry: Mapping[str, Any]) -> Array:
         raise ValueError(f"{stop - start} bytes do not hold {list(shape)} of {entry['dtype']}")
     stored = np.frombuffer(data, kind, math.prod(shape), base + start).reshape(shape)
     if kind == np.uint16:
-        widened: Array = (stored.astype(np.uint32) << 16).view(np.float32)
-        return widened
-    return stored.copy()
+        return np.left_shift(stored.astype(np.uint32), 16, dtype=np.uint32).view(np.float32)
+    copied: Array = stored.copy()
+    return copied
 
 
 def refuse_strange(scales: Mapping[str, Array], tensors: Iterable[str], layers: Mapping[str, str]) -> None:

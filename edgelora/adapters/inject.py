@@ -111,9 +111,9 @@ def put_on_grid(model: nn.Module, grid: dict[str, Any]) -> None:
 @contextmanager
 def switched_off(model: nn.Module) -> Iterator[None]:
     """Let the model compute as if it had no adapters, and its base's scales."""
-    from edgelora.adapters.scales import scaled_layers
+    from edgelora.adapters.scales import BlockScales, scaled_layers
 
-    found = [*adapters(model).values(), *scaled_layers(model).values()]
+    found: list[LoRA | BlockScales] = [*adapters(model).values(), *scaled_layers(model).values()]
     for adapter in found:
         adapter.enabled = False
     try:

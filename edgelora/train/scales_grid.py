@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from edgelora.adapters import scales
 from edgelora.errors import ModelError, SettingsError
 from edgelora.models.linear import FrozenLinear
@@ -77,7 +79,8 @@ def code_digests(model: Model) -> dict[str, str]:
     """Return the sha256 of each linear layer's codes by path; streamed blocks are dropped again after it."""
     stream = getattr(model, "stream", None)
     found: dict[str, str] = {}
-    for index, block in enumerate(model.blocks if stream is not None else [model]):
+    blocks: list[nn.Module] = [model] if stream is None else list(model.get_submodule("blocks").children())
+    for index, block in enumerate(blocks):
         if stream is not None:
             stream.enter(index)
         for layer in block.modules():
