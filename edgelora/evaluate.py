@@ -155,11 +155,15 @@ def load_torch(
     source = open_model(str(target), trust_remote_code=trust_remote_code)
     labels = list(manifest["labels"]) if manifest else config_labels(source.config) if task.has_labels else []
     base_bits = 32 if float_ or kind != "run" else int(manifest["plan"]["base_bits"])
-    model = load_model(source, task.name, base_bits=base_bits, labels=labels)
+    scaled = kind == "run" and manifest["settings"].get("method") == "scales"
+    if scaled and float_:
+        raise SettingsError(f"{target} has trained the scales of integers: it has no float base", hint="leave out --float")
+    bits = manifest["grid"]["bits"] if scaled else None
+    model = load_model(source, task.name, base_bits=base_bits, labels=labels, bits=bits)
     folder = Path(target) if kind == "run" else source.folder
     if kind == "run":
         apply_adapter(model, source, folder, manifest)
-        if manifest["grid"] and not float_:
+        if manifest["grid"] and not float_ and not scaled:
             put_on_grid(model, manifest["grid"])
     tokenizer = Tokenizer.from_folder(folder)
     collate = functools.partial(task.collate, pad_token_id=tokenizer.pad_token_id or 0)
@@ -169,13 +173,17 @@ def load_torch(
 
 def apply_adapter(model: Any, source: ModelSource, run: Path, manifest: dict[str, Any]) -> None:
     """Put a run's adapter on its base. Raises FolderError where the base is not the one that it was trained on."""
-    from edgelora.adapters import peft_format
+    from edgelora.adapters import peft_format, scales
+    from edgelora.scales_delta import read_delta
 
     if source.fingerprint != manifest["model"]["fingerprint"]:
         raise FolderError(
             f"{run} was trained on {manifest['model']['reference']} as it was then; that model's files have changed since"
         )
-    peft_format.apply(model, peft_format.load(run))
+    if manifest["settings"].get("method") == "scales":
+        scales.apply(model, read_delta(run))
+    else:
+        peft_format.apply(model, peft_format.load(run))
 
 
 def config_labels(config: dict[str, Any]) -> list[str]:

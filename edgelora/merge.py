@@ -89,7 +89,7 @@ def merge(
 def gather(run: Path | None, adapter: Path | None, model: str | None) -> Inputs:
     """Open what is to be merged; raises UserError if it does not fit together or a tensor is missing."""
     from edgelora.adapters.adapted import Adapted, num_labels
-    from edgelora.adapters.peft_format import load
+    from edgelora.adapters.scales import load_trained as load
     from edgelora.models.families import decoder_spec
     from edgelora.models.source import open_model
 

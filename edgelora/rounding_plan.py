@@ -68,6 +68,10 @@ class RoundingPlan:
 
 def plan_rounding(inputs: Inputs, wish: Wish, staging: Path) -> RoundingPlan:
     """Decide how each layer is stored; round with rows where there are rows. Raises UserError for what cannot be had."""
+    if inputs.facts.get("settings", {}).get("method") == "scales":
+        from edgelora.scales_plan import plan_scales
+
+        return plan_scales(inputs, wish)
     adapted, trained = inputs.adapted, inputs.grid
     searched = wish.size is not None or wish.loss is not None
     if wish.precision == "fp32":

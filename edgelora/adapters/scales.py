@@ -10,19 +10,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from edgelora.adapters import peft_format
 from edgelora.adapters.inject import choose_targets, frozen_linears
-from edgelora.adapters.peft_format import head_parameters
+from edgelora.adapters.peft_format import AdapterFile, head_parameters
 from edgelora.errors import FolderError
 from edgelora.models.linear import FrozenLinear, FrozenWeight
 from edgelora.models.linear_group import LinearGroup, linears
 from edgelora.models.scale_gradient import of_codes, scale_gradient
 from edgelora.quant.grid import QuantizedTensor
-from edgelora.scales_delta import Delta
+from edgelora.scales_delta import FILE, Delta, read_delta
 
 if TYPE_CHECKING:
     from edgelora.models.decoder import Decoder
@@ -132,6 +134,14 @@ def attach(model: Model, targets: str) -> dict[str, BlockScales]:
 def scaled_layers(model: nn.Module) -> dict[str, BlockScales]:
     """Return the layers whose scales are trained by path, in the model's order."""
     return {module.path: module for module in model.modules() if isinstance(module, BlockScales)}
+
+
+def load_trained(folder: Path) -> AdapterFile:
+    """Read the adapter of a folder; of one that has scales alone, the trained head, which replaces the base's."""
+    if (folder / peft_format.CONFIG).is_file() or not (folder / FILE).is_file():
+        return peft_format.load(folder)
+    head = {name: torch.from_numpy(array) for name, array in read_delta(folder).tensors.items()}
+    return AdapterFile({}, head)
 
 
 def delta_of(model: Model, layers: Mapping[str, str], reference: str) -> Delta:

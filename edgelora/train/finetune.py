@@ -11,20 +11,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgelora import console, folder, hardware, memory
+from edgelora import console, folder, hardware, held_out, memory
 from edgelora.adapters import inject, peft_format
 from edgelora.adapters.initialize import refuse_combinations
 from edgelora.adapters.scales import LEARNING_RATE, scaled_layers
+from edgelora.closing import short_answers
 from edgelora.config import FinetuneConfig
 from edgelora.data.prepare import Prepared, prepare
 from edgelora.data.store import Store
 from edgelora.errors import DataError, FolderError, Interrupted
+from edgelora.held_out import Closing, HeldOut
 from edgelora.models.predictor import TorchPredictor
 from edgelora.models.source import ModelSource, open_model
 from edgelora.planner import make_planner
+from edgelora.quant.digest import digest
 from edgelora.tasks import get_task
 from edgelora.tokenizer import Tokenizer
-from edgelora.train import checkpoint, scales_grid
+from edgelora.train import checkpoint, on_grid, scales_grid
 from edgelora.train.batches import Schedule
 from edgelora.train.checkpoint import State
 from edgelora.train.loading import Stages, load, load_planned, round_as_shipped
@@ -42,7 +45,6 @@ if TYPE_CHECKING:
     Model = Decoder | Encoder
 
 TRIM_ABOVE = 0.9  # share of the budget that the heap may take with its free pages
-SHORT_ANSWER = 64  # supervised tokens up to which answers are generated for the closing table
 
 
 def finetune(
@@ -156,18 +158,20 @@ class Training:
         self.keep_prefixes(trainer)
         if not trainer.state.base:
             console.say(f"scoring the base model on {len(self.valid)} validation rows")
+            if self.plan.too_long_to_write:
+                console.say(self.plan.too_long_to_write)
             with self.stages.time("base"), inject.switched_off(self.model):
-                trainer.state.base = self.score(generate=self.short_answers())
+                trainer.state.base = self.score(generate=self.writes_answers())
         trainer.state.seconds = self.stages.seconds
         state = trainer.run()
         self.stages.seconds = state.seconds
         console.say(f"scoring the adapter of step {state.best['step']}")
         with self.stages.time("table"):
             self.apply_kept()
-            adapted = self.score(generate=self.short_answers())
+            closed = self.closing(state.base)
         if self.prefixes is not None:
             self.prefixes.close(remove=True)
-        return self.finish(state, adapted)
+        return self.finish(state, closed)
 
     def keep_prefixes(self, trainer: Trainer) -> None:
         """Let training and scores go by what the layers below the lowest adapter gave before, where there are such."""
@@ -219,28 +223,42 @@ class Training:
             task_type=peft_format.TASK_TYPES.get(self.task.auto_class),
         )
         peft_format.save(adapter, self.out, paths=list(self.model.linears()))
+        on_grid.save_scales(self.model, self.out)
 
     def apply_kept(self) -> None:
         if trains_scales(self.config):
             scales_grid.apply_kept(self.model, self.out)
         else:
             peft_format.apply(self.model, peft_format.load(self.out))
+            on_grid.ship_scales(self.model, self.out, self.run.grid)
 
-    def score(self, *, generate: bool) -> Metrics:
+    def predictor(self) -> TorchPredictor:
         limits = {"batch_tokens": self.plan.scoring_tokens, "cache_bytes": round(self.plan.cache_mb * (1 << 20))}
         if self.prefixes is None:
-            predictor = TorchPredictor(self.model, self.collate, **limits)
-        else:
-            predictor = PrefixedPredictor(self.prefixes.valid, self.collate, **limits)
+            return TorchPredictor(self.model, self.collate, **limits)
+        return PrefixedPredictor(self.prefixes.valid, self.collate, **limits)
+
+    def score(self, *, generate: bool) -> Metrics:
+        predictor = self.predictor()
         memory.trim()  # training and scoring leave holes in the heap that the other has no use for
         found = self.task.evaluate(predictor, self.valid_rows, self.valid, self.tokenizer, self.run.labels, generate=generate)
         memory.trim()
         return found
 
-    def short_answers(self) -> bool:
-        """Whether the validation rows' answers are short enough to be generated."""
+    def closing(self, base: Metrics) -> Closing:
+        """Score the best adapter, on the grid and off it, for the closing table."""
+        held = HeldOut(self.task, self.run.labels, self.tokenizer, self.valid_rows, self.valid)
+        # Block scales compute with what ships, and with nothing else: there is no rounding to compare with.
+        precision = None if trains_scales(self.config) else self.run.grid.get("precision")
+        bits = self.plan.base_bits
+        return held_out.closing(
+            held, self.predictor(), base, precision=precision, base_bits=bits, generate=self.writes_answers()
+        )
+
+    def writes_answers(self) -> bool:
+        """Whether answers are generated for the closing table: short ones, where the plan has the time."""
         masks = [example.arrays.get("supervised") for example in self.valid]
-        return all(mask is not None and int(mask.sum()) <= SHORT_ANSWER for mask in masks)
+        return short_answers(masks) and self.plan.too_long_to_write is None
 
     def show_plan(self, num_steps: int) -> None:
         plan = self.plan
@@ -261,9 +279,12 @@ class Training:
             ],
         )
 
-    def finish(self, state: State, adapted: Metrics) -> dict[str, Any]:
+    def finish(self, state: State, closed: Closing) -> dict[str, Any]:
         """Complete the manifest and return the figures."""
-        rows = closing_table(self.task.baseline(self.valid, self.run.labels), state.base, adapted)
+        closed.reference.save(self.out / held_out.REFERENCE)
+        if self.run.grid:
+            digests = {path: digest(tensor) for path, tensor in inject.rounded_layers(self.model, self.run.grid)}
+            self.run = dataclasses.replace(self.run, grid={**self.run.grid, "digests": digests})
         peak = max(state.peak_rss_mb, hardware.peak_rss_mb())
         figures = {
             "steps": state.step,
@@ -273,13 +294,13 @@ class Training:
             "predicted_peak_mb": self.plan.predicted_peak_mb,
             "peak_error": peak / self.plan.predicted_peak_mb - 1.0,
             "train_loss": state.train_loss,
-            "valid": adapted,
-            "table": rows,
+            "valid": closed.adapter,
+            "table": closed.results,
             "best_step": state.best["step"],
             "seconds": {name: round(value, 3) for name, value in self.stages.seconds.items()},
         }
         # The results are recorded before the checkpoint goes, so that a kill in between loses nothing.
-        self.run.write(self.out, complete=False, results=rows, figures=figures)
+        self.run.write(self.out, complete=False, results=closed.results, figures=figures)
         console.say(f"adapter of step {state.best['step']} in {self.out}")
         return complete(self.out)
 
@@ -290,10 +311,3 @@ def sample(store: Store, rows: list[Row], limit: int) -> tuple[list[Example], li
     if 0 < limit < len(store):
         chosen = sorted(np.random.default_rng(0).permutation(len(store))[:limit].tolist())
     return [store[i] for i in chosen], [rows[i] for i in chosen]
-
-
-def closing_table(majority: Metrics, base: Metrics, adapted: Metrics) -> list[dict[str, Any]]:
-    """Return the rows of the table: what always giving the commonest answer gets, the base model, and the adapter."""
-    rows = [("majority baseline", majority)] if majority else []
-    rows += [("base", base), ("adapter", adapted)]
-    return [{"what": what, **{name: v for name, v in metrics.items() if isinstance(v, float)}} for what, metrics in rows]
