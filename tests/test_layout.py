@@ -38,6 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "calibration",
         "rounding",
         "rounding_plan",
+        "scales_plan",
         "rounding_search",
         "export",
         "run",
