@@ -33,9 +33,11 @@ Weights = Callable[[str], Tensor]  # path → the merged weight [N, K], fp32
 
 @dataclass(frozen=True)
 class Rounded:
-    """A layer, rounded. error_N: the mean squared error of each output on the rows. whole: by the whole Hessian."""
+    """A layer, rounded. group: the first of the layers with its input. error_N: the mean squared error of each output on the
+    rows. whole: by the whole Hessian."""
 
     path: str
+    group: str
     tensor: QuantizedTensor
     error_N: Tensor
     whole: bool
@@ -84,7 +86,7 @@ def round_group(
             else:
                 tensor = round_clipped(weight_NK, choice.bits, choice.block_size, moments.importance())
             change = dequantize(tensor) - weight_NK
-            results.append(Rounded(path, tensor, moments.output_error(change), factor is not None))
+            results.append(Rounded(path, paths[0], tensor, moments.output_error(change), factor is not None))
         yield path, results
 
 

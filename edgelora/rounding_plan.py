@@ -140,7 +140,7 @@ def rounded_with_rows(inputs: Inputs, rows: Calibration, choices: dict[str, Choi
     assert method in METHODS
     adapted = inputs.adapted
     layout = adapted.layout
-    model, scores = load_merged(inputs, rows)
+    model, scores, _ = load_merged(inputs, rows)
     weight = functools.partial(merged_weight, adapted)
     plan = RoundingPlan(choices, method)
     for path in layout.embeddings:
@@ -161,8 +161,8 @@ def rounded_with_rows(inputs: Inputs, rows: Calibration, choices: dict[str, Choi
     return plan
 
 
-def load_merged(inputs: Inputs, rows: Calibration) -> tuple[Any, list[dict[str, Any]]]:
-    """Return the merged model and its score in fp32 on held-out rows.
+def load_merged(inputs: Inputs, rows: Calibration) -> tuple[Any, list[dict[str, Any]], bool]:
+    """Return the merged model, its score in fp32 on held-out rows, and whether its weights are there.
 
     One that is too large for the memory comes without weights in its linear layers, and without a score.
     """
@@ -172,6 +172,6 @@ def load_merged(inputs: Inputs, rows: Calibration) -> tuple[Any, list[dict[str, 
     with console.progress("loading the merged model"):
         model = load_model(source, inputs.task, base_bits=32, labels=inputs.labels).eval()
     if not fits or not rows.held_out:
-        return model, []
+        return model, [], fits
     with console.progress(f"scoring it in fp32 on {len(rows.held_out)} held-out rows"):
-        return model, [{"what": "merged, fp32", **rows.score(model)}]
+        return model, [{"what": "merged, fp32", **rows.score(model)}], fits

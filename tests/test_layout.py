@@ -40,6 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "rounding_plan",
         "scales_plan",
         "rounding_search",
+        "sensitivity",
         "export",
         "run",
         "evaluate",

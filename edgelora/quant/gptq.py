@@ -95,7 +95,8 @@ def inverse_factor(hessian_KK: Tensor, damping: float = DAMPING) -> Tensor:
         lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not failed:
             identity = torch.eye(lower.shape[0])
-            return torch.linalg.solve_triangular(lower, identity, upper=False).flip(0, 1).contiguous()
+            inverse: Tensor = torch.linalg.solve_triangular(lower, identity, upper=False)
+            return inverse.flip(0, 1).contiguous()
         damping *= 10
     raise ModelError("a layer's inputs have no usable second moments on these rows", hint="give more rows with --calibrate")
 
