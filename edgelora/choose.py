@@ -114,6 +114,7 @@ def fastest(situation: Situation, allowed: list[Line], budget: int | None) -> Ch
 
 def candidates(situation: Situation, line: Line) -> Iterator[Settings]:
     """Yield the settings of a line that keep all they may, the preferred ones first; what the user has set does not vary."""
+    from edgelora.adapters.initialize import FROM_WEIGHT
     from edgelora.quant.bits import PRECISION_BITS
     from edgelora.tasks import get_task
     from edgelora.train import on_grid
@@ -135,7 +136,8 @@ def candidates(situation: Situation, line: Line) -> Iterator[Settings]:
         for keep_bits in (32, 16):
             for rows in micro_batches(config, config.batch_size or chosen.batch_size):
                 yield Settings(
-                    bits, rows, kept, keep_bits, line.keep_in_file, line.stream, optimizer_bits, targets, rounded
+                    bits, rows, kept, keep_bits, line.keep_in_file, line.stream, optimizer_bits, targets, rounded,
+                    from_weight=config.init in FROM_WEIGHT,
                 )  # fmt: skip
 
 

@@ -43,7 +43,7 @@ class Settings:
     optimizer_bits: int = 32
     targets: tuple[tuple[str, int], ...] = ()  # paths of the adapted layers, and their ranks; 0: their block scales are trained
     grid_bits: int | None = None  # bits of their rounded weights, kept between steps where training is on the grid
-
+    from_weight: bool = False  # adapters begin with a part of the weight, of which they keep a copy (PiSSA, OLoRA)
 
     @property
     def scales(self) -> bool:
@@ -53,10 +53,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Piece:
-    """The largest rows computed at once."""
+    """The largest rows computed at once, and how attention lays them out (models/attention.py)."""
 
     tokens: int
     supervised: int
+    padding: int = 0  # places of documents that are computed together with longer ones
+    joined: bool = False  # what attention gives is put together anew: from runs of other lengths, or without padding
 
 
 @dataclass(frozen=True)
@@ -104,8 +106,9 @@ def memory_parts(
 
 
 def trained_bytes(shape: ModelShape, settings: Settings) -> int:
-    """Return the bytes of the adapters: weight, gradient, and AdamW's two moments."""
-    return round(adapter_weights(shape, settings) * (2 * FP32 + 2 * MOMENT_BYTES[settings.optimizer_bits]))
+    """Return the bytes of the adapters: weight, gradient, AdamW's two moments, and what they began with if that acts."""
+    copies = 2 + settings.from_weight
+    return round(adapter_weights(shape, settings) * (copies * FP32 + 2 * MOMENT_BYTES[settings.optimizer_bits]))
 
 
 def moment_bytes(shape: ModelShape, settings: Settings) -> int:
@@ -164,26 +167,45 @@ def activation_bytes(shape: ModelShape, settings: Settings, piece: Piece) -> int
     The kept blocks come first in backward and are gone when the first recomputed one is whole in memory.
     """
     hidden, inner, value = shape.hidden, shape.inner, settings.keep_bits // 8
-    whole = FP32 * kept_per_token(shape)
+    values = kept_values(shape, piece)
+    low = FP32 * piece.tokens * low_per_token(shape, settings)
+    whole = FP32 * values + low
     recomputed = recomputed_blocks(shape, settings)
-    inputs = 0 if settings.keep_in_file else recomputed * hidden * value
-    kept = min(settings.kept_blocks, trained_blocks(shape, settings)) * kept_per_token(shape) * value
+    inputs = 0 if settings.keep_in_file else piece.tokens * recomputed * hidden * value
+    kept = min(settings.kept_blocks, trained_blocks(shape, settings)) * (values * value + low)
     restored = whole if settings.keep_bits < 32 else 0  # one kept block in fp32 beside its bf16
     # Backward of the MLP: gradients of its inner tensors (of gate and up, of their product, one temporary) and two of [T, H].
-    gradients = FP32 * ((2 * (1 + shape.gated)) * inner + 2 * hidden)
-    backward = piece.tokens * (inputs + max(kept + restored, whole if recomputed else 0) + gradients)
-    loss = 0 if shape.encoder else piece.tokens * (inputs + kept + FP32 * 2 * hidden) + loss_bytes(shape, piece)
+    gradients = FP32 * piece.tokens * ((2 * (1 + shape.gated)) * inner + 2 * hidden)
+    backward = inputs + max(kept + restored, whole if recomputed else 0) + gradients
+    loss = 0 if shape.encoder else inputs + kept + FP32 * 2 * hidden * piece.tokens + loss_bytes(shape, piece)
     return round(max(backward, loss))
 
 
+def kept_values(shape: ModelShape, piece: Piece) -> int:
+    """Return the fp32 values that one kept block has for a piece."""
+    if shape.encoder:
+        return piece.tokens * kept_per_token(shape)
+    # Queries, keys, values and the heads' outputs have padding; what is put together from these outputs comes on top.
+    padding = piece.padding * 2 * (shape.queries + shape.keys)
+    return piece.tokens * (kept_per_token(shape) + piece.joined * shape.queries) + padding
+
+
+def low_per_token(shape: ModelShape, settings: Settings) -> float:
+    """Return the fp32 values x Aᵀ of one token in a block: as many as all its adapters have rows, twice where A0 acts too."""
+    ranks = (1 + settings.from_weight) * sum(rank for _, rank in settings.targets)
+    return ranks / max(1, trained_blocks(shape, settings))
+
+
 def kept_per_token(shape: ModelShape) -> int:
-    """Return the fp32 values that one kept block has for one token."""
+    """Return the fp32 values that one kept block has for one token, adapters and padding apart."""
     hidden, inner, queries, keys = shape.hidden, shape.inner, shape.queries, shape.keys
     if shape.encoder:
         # queries, keys, values, attention twice, input and output of two norms, residuals, inner before and after GELU
         return 5 * queries + 6 * hidden + 2 * inner
+    # Norms keep their input: q and k lie in one tensor with v there.
+    norms = shape.head_norms * (queries + 2 * keys) + shape.output_norms * hidden
     # the block's input; q, k, v; attention's output; the residual in the middle; gate and up
-    return 2 * hidden + 2 * queries + 2 * keys + (1 + shape.gated) * inner
+    return 2 * hidden + 2 * queries + 2 * keys + (1 + shape.gated) * inner + norms
 
 
 def loss_bytes(shape: ModelShape, piece: Piece) -> int:

@@ -110,14 +110,17 @@ def processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def probe() -> dict[str, Any]:
-    """Return what `edgelora doctor` shows: facts, rates measured in about two seconds, and warnings."""
+def probe(fp32: float | None = None) -> dict[str, Any]:
+    """Return what `edgelora doctor` shows: facts, rates measured in about two seconds, and warnings.
+
+    `fp32`: GFLOP/s of the products that training takes (models/gemm.py); None where torch is not installed.
+    """
     import psutil
 
     from edgelora.rates import fast_dtypes, matrix_rates, read_bandwidth
 
     idle_load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    rates = matrix_rates()
+    rates = matrix_rates(fp32=fp32)
     facts: dict[str, Any] = {
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),

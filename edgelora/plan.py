@@ -11,10 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgelora.console import show_time
+
 if TYPE_CHECKING:
     from edgelora.config import FinetuneConfig
     from edgelora.models.recompute import Keeping
 
+LONGEST_WRITING = 60.0  # seconds that answers for the closing table may take in any case
 DEFAULT_LENGTH = 1024  # tokens of a row, where neither the user nor the model sets fewer
 
 
@@ -42,6 +45,15 @@ class Plan:
     tokens: int
     parts: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    writing_seconds: float = 0.0  # of generating the answers of the validation rows once
+
+    @property
+    def too_long_to_write(self) -> str | None:
+        """Why answers are not generated for the closing table; None where they are."""
+        if self.writing_seconds <= max(self.seconds, LONGEST_WRITING):
+            return None
+        took, training = show_time(self.writing_seconds), show_time(self.seconds)
+        return f"no answers are generated for the closing table: each time would take about {took}, training takes {training}"
 
     def keeping(self, folder: Path) -> Keeping:
         """Return what the model keeps for backward; a scratch file would be in `folder`."""

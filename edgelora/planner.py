@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edgelora import choose, costs, hardware, memory, speed
+from edgelora import choose, closing, costs, hardware, memory, speed
 from edgelora.choose import MARGIN, Choice, Situation, Work, micro_batches
-from edgelora.costs import Correction, Piece, Settings
+from edgelora.closing import Closing
+from edgelora.costs import Correction, Piece
 from edgelora.errors import MachineError
 from edgelora.plan import DEFAULT_LENGTH, Plan
 from edgelora.shape import ModelShape
@@ -33,7 +36,7 @@ class Planner:
     situation: Situation
     budget: int
     asked: bool  # the budget is the user's
-    supervised: float
+    valid: Closing
     threads: int
     matmul: str
     limit: int
@@ -67,9 +70,9 @@ class Planner:
     def complete(self, chosen: Choice, wanted: Choice) -> Plan:
         situation, settings, work = self.situation, chosen.settings, self.situation.work
         seconds = self.rate * chosen.seconds
-        score, generate = closing_seconds(situation, settings, self.supervised)
         tokens, cache = scoring_limits(situation.shape, chosen.parts["activations"])
-        return Plan(
+        first, later, writing = (self.rate * part for part in self.valid.seconds(situation.shape, settings, cache))
+        plan = Plan(
             base_bits=settings.base_bits,
             micro_batch=settings.micro_batch,
             kept_blocks=settings.kept_blocks,
@@ -84,13 +87,19 @@ class Planner:
             scoring_tokens=tokens,
             cache_mb=round(cache / MB, 1),
             seconds=round(seconds, 1),
-            total_seconds=round(seconds + self.rate * ((2 + max(1, situation.config.evaluations)) * score + 2 * generate), 1),
+            total_seconds=0.0,
             budget_mb=round(self.budget / MB, 1),
             steps=work.steps,
             tokens=work.tokens,
             parts={name: round(size / MB, 1) for name, size in chosen.parts.items() if size},
             notes=self.notes(chosen, wanted),
+            writing_seconds=round(writing, 1),
         )
+        # Scored are the base, the adapter as often as is asked for, and once more for the closing table.
+        scoring = first + (1 + max(1, situation.config.evaluations)) * later
+        reason = plan.too_long_to_write
+        total = seconds + scoring + (0.0 if reason else 2 * writing)
+        return dataclasses.replace(plan, total_seconds=round(total, 1), notes=plan.notes + ([reason] if reason else []))
 
     def notes(self, chosen: Choice, wanted: Choice) -> list[str]:
         """Return what was given up for the budget, for people."""
@@ -109,7 +118,9 @@ class Planner:
 def make_planner(source: ModelSource, prepared: Prepared, config: FinetuneConfig) -> Planner:
     """Return the planner of a run on prepared rows. Raises SettingsError for target modules that match nothing."""
     share = prepared.supervised["train"] / prepared.tokens["train"]
-    return planner_for(source, prepared.store("train").lengths, config, task=prepared.task, supervised=share)
+    valid = closing.measured(prepared, config) if prepared.rows.get("valid") else None
+    lengths = prepared.store("train").lengths
+    return planner_for(source, lengths, config, task=prepared.task, supervised=share, valid=valid)
 
 
 def planner_for(
@@ -119,8 +130,12 @@ def planner_for(
     *,
     task: str | None = None,
     supervised: float = SUPERVISED,
+    valid: Closing | None = None,
 ) -> Planner:
-    """Return the planner for training rows of `lengths` tokens, of which the share `supervised` is trained on."""
+    """Return the planner for training rows of `lengths` tokens, of which the share `supervised` is trained on.
+
+    `valid`: the rows of the closing table; without them, rows as those of training.
+    """
     from edgelora.models import gemm
     from edgelora.tasks import get_task
     from edgelora.train.run import length_limit
@@ -137,7 +152,7 @@ def planner_for(
         situation=Situation(shape, config, task, work, process),
         budget=config.ram or (hardware.available_memory() + process) // 2,
         asked=config.ram is not None,
-        supervised=supervised,
+        valid=valid or closing.guessed(lengths, supervised, config),
         threads=threads,
         matmul=matmul,
         limit=min(config.max_length or DEFAULT_LENGTH, length_limit(source.config)),
@@ -168,7 +183,10 @@ def guess_task(source: ModelSource) -> str:
 
 
 def lay_out(lengths: NDArray[np.int64], config: FinetuneConfig, batch_size: int, supervised: float, *, padded: bool) -> Work:
-    """Cut the rows into steps and pieces as training will, and measure the pieces."""
+    """Cut the rows into steps and pieces as training will, and measure the pieces.
+
+    Padded rows are computed as long as their piece's longest; packed ones without their last token, which nothing comes after.
+    """
     from edgelora.train.batches import Schedule, split
 
     schedule = Schedule(lengths, batch_size, config.seed)
@@ -183,30 +201,31 @@ def lay_out(lengths: NDArray[np.int64], config: FinetuneConfig, batch_size: int,
         tokens += int(lengths[rows].sum())
         for size in sizes:
             for part in split(lengths, rows, size):
-                count = len(part) * int(lengths[part].max()) if padded else int(lengths[part].sum())
+                count = len(part) * int(lengths[part].max()) if padded else int(lengths[part].sum()) - len(part)
                 pieces[size] += 1
                 computed[size] += count
                 if count > largest[size]:
                     largest[size], where[size] = count, tuple(part)
-    scale = steps / looked_at
+    scale, later = steps / looked_at, max(0, steps - schedule.steps_per_epoch)
     loads = {
-        size: Load(steps, round(pieces[size] * scale), computed[size] * scale, supervised * tokens * scale) for size in sizes
+        size: Load(steps, round(pieces[size] * scale), computed[size] * scale, supervised * tokens * scale, later)
+        for size in sizes
     }
-    pieces_of = {size: Piece(count, round(supervised * count)) for size, count in largest.items()}
+    pieces_of = {size: piece_of([int(lengths[row]) for row in rows], supervised, padded=padded) for size, rows in where.items()}
     return Work(steps, round(tokens * scale), pieces_of, where, loads)
 
 
-def closing_seconds(situation: Situation, settings: Settings, supervised: float) -> tuple[float, float]:
-    """Return the reference machine's seconds of scoring the validation rows once, and of generating their answers once."""
-    from edgelora.train.finetune import SHORT_ANSWER
+def piece_of(lengths: Sequence[int], supervised: float, *, padded: bool) -> Piece:
+    """Return rows of so many tokens as one piece."""
+    from edgelora.models.attention import lay_out as lay_out_documents
 
-    load, shape = situation.work.loads[settings.micro_batch], situation.shape
-    rows = situation.config.valid_rows or 500
-    length = situation.work.tokens / max(1, load.steps) / max(1, situation.config.batch_size or 8)
-    answer = supervised * length
-    score = speed.scoring_seconds(shape, settings, rows * length, rows * answer)
-    writes = not shape.encoder and answer <= SHORT_ANSWER / 2
-    return score, speed.generating_seconds(shape, settings, rows, 2 * answer) if writes else 0.0
+    targets = round(supervised * sum(lengths))
+    if padded:
+        return Piece(len(lengths) * max(lengths), targets)
+    starts = list(itertools.accumulate((length - 1 for length in lengths), initial=0))
+    runs = lay_out_documents(starts).runs
+    padding = sum(documents * length for documents, length in runs) - starts[-1]
+    return Piece(starts[-1], targets, padding, joined=len(runs) > 1 or padding > 0)
 
 
 def scoring_limits(shape: ModelShape, free: int) -> tuple[int, int]:

@@ -13,25 +13,22 @@ from typing import Any
 TOKENS, INPUTS, OUTPUTS = 512, 576, 1536
 
 
-def matrix_rates(seconds: float = 1.5, threads: int | None = None) -> dict[str, float]:
-    """Return GFLOP/s of matrix products in fp32 and, where torch is installed, bf16 and int8 (int32 sums)."""
+def matrix_rates(seconds: float = 0.75, fp32: float | None = None) -> dict[str, float]:
+    """Return GFLOP/s of matrix products in fp32 and, where torch is installed, bf16 and int8 (int32 sums).
+
+    `fp32`: the rate of the products that training takes (models/gemm.py), where it was measured.
+    """
     from importlib.util import find_spec
 
     if find_spec("torch") is None:
-        return {"fp32": _numpy_rate(seconds)}
+        return {"fp32": fp32 or _numpy_rate(seconds)}
     import torch
 
-    before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
-        return {
-            "fp32": _rate(_product(torch, torch.float32), seconds / 2),
-            "bf16": _rate(_product(torch, torch.bfloat16), seconds / 4),
-            "int8": _rate(_int8_product(torch), seconds / 4),
-        }
-    finally:
-        torch.set_num_threads(before)
+    return {
+        "fp32": fp32 or _rate(_product(torch, torch.float32), seconds),
+        "bf16": _rate(_product(torch, torch.bfloat16), seconds / 2),
+        "int8": _rate(_int8_product(torch), seconds / 2),
+    }
 
 
 def fast_dtypes(rates: dict[str, float]) -> list[str]:

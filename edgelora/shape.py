@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ class ModelShape:
     linears: tuple[tuple[str, int, int], ...]  # path, outputs N, inputs K
     tables: tuple[tuple[int, int], ...]  # embeddings, and the LM head where it is not tied: rows, width
     merged_bytes: int | None = None  # bytes of the weights where they are on the grid already
+    head_norms: bool = False  # queries and keys are normed
+    output_norms: int = 0  # norms of the outputs of attention and MLP
 
     @classmethod
     def of(cls, source: ModelSource, task: str) -> ModelShape:
@@ -59,6 +62,8 @@ class ModelShape:
             linears=linears,
             tables=tuple(tables),
             merged_bytes=_merged_bytes(source),
+            head_norms=spec.qk_norm is not None,
+            output_norms=spec.has("attn_out") + spec.has("mlp_out"),
         )
 
     @classmethod
@@ -105,6 +110,7 @@ class ModelShape:
         return min((layer for layer in layers if layer is not None), default=0)
 
 
+@functools.cache  # the planner asks for the same paths again and again
 def layer_of(path: str) -> int | None:
     """Return the number of the layer that a module path names: 3 of "model.layers.3.mlp.up_proj"."""
     found = re.search(r"\.(\d+)\.", path)

@@ -22,7 +22,7 @@ ROUNDING = 4e-9  # seconds per weight and step of rounding to the grid
 BLOCK_SECONDS = 0.5e-3  # Python and small kernels per block and pass of a piece
 ELEMENT_SECONDS = 0.25e-9  # per value that a block keeps and pass: norms, activations, attention
 SLOW_PRODUCTS = 0.3  # share of the rate that products with the few columns of an adapter reach
-OPTIMIZER = {32: 1.5e-9, 8: 12e-9}  # seconds per trained weight and step, clipping counted
+OPTIMIZER = {32: 1.5e-9, 8: 20e-9}  # seconds per trained weight and step, clipping counted
 FILE_BYTES = 1.5e9  # bytes a second of writing and reading kept activations
 STREAM_BYTES = 2.0e9  # bytes a second of weights that are read again after they were dropped
 
@@ -35,6 +35,7 @@ class Load:
     pieces: int  # of all steps
     tokens: float  # of all pieces, padding counted
     supervised: float
+    later: int = 0  # steps after the first epoch: what a decoder's frozen blocks give is read for them (train/prefix.py)
 
 
 def share_of_rate(tokens: float) -> float:
@@ -47,14 +48,15 @@ def share_of_rate(tokens: float) -> float:
     return FULL_SPEED[-1][1]
 
 
-def piece_seconds(shape: ModelShape, settings: Settings, tokens: float, supervised: float) -> float:
-    """Return the seconds of forward and backward of one piece.
+def piece_seconds(shape: ModelShape, settings: Settings, tokens: float, supervised: float, *, prefixed: bool = False) -> float:
+    """Return the seconds of forward and backward of one piece; `prefixed`: without the blocks below the lowest adapter.
 
     Necessary operations: 2·N forward, 2·N backward above the lowest adapter, 2·N for each block computed again, 4·V·H at
     supervised positions; an adapter of rank r costs 2·r·N for each unpacking and six products of [T, r].
     """
     layers = max(1, shape.layers)
-    passes = (layers + costs.trained_blocks(shape, settings) + costs.recomputed_blocks(shape, settings)) / layers
+    trained = costs.trained_blocks(shape, settings)
+    passes = ((trained if prefixed else layers) + trained + costs.recomputed_blocks(shape, settings)) / layers
     rate = REFERENCE_RATE * share_of_rate(tokens)
     head = 0 if shape.encoder else shape.vocab * shape.hidden
     weights = 2 * tokens * costs.adapted_weights(shape, settings) if settings.scales else 0  # their own gradients
@@ -68,6 +70,7 @@ def piece_seconds(shape: ModelShape, settings: Settings, tokens: float, supervis
     elements = ELEMENT_SECONDS * passes * layers * tokens * costs.kept_per_token(shape)
     moved = 2 * tokens * costs.recomputed_blocks(shape, settings) * shape.hidden * settings.keep_bits / 8
     filed = moved / FILE_BYTES if settings.keep_in_file else 0.0
+    filed += costs.FP32 * tokens * shape.hidden / FILE_BYTES if prefixed else 0.0
     read = passes * costs.bytes_per_weight(settings.base_bits) * shape.linear_weights
     streamed = read / STREAM_BYTES if settings.stream else 0.0
     return products + unpacking + in_weights + low_rank + elements + filed + streamed + BLOCK_SECONDS * passes * layers
@@ -82,24 +85,47 @@ def step_seconds(shape: ModelShape, settings: Settings) -> float:
 def training_seconds(shape: ModelShape, settings: Settings, load: Load) -> float:
     """Return the seconds of all steps on the reference machine."""
     pieces = max(1, load.pieces)
-    piece = piece_seconds(shape, settings, load.tokens / pieces, load.supervised / pieces)
+    tokens, supervised = load.tokens / pieces, load.supervised / pieces
+    later = load.later / max(1, load.steps) if has_prefix(shape, settings) else 0.0
+    piece = (1.0 - later) * piece_seconds(shape, settings, tokens, supervised)
+    if later:
+        piece += later * piece_seconds(shape, settings, tokens, supervised, prefixed=True)
     return pieces * piece + load.steps * step_seconds(shape, settings)
 
 
-def scoring_seconds(shape: ModelShape, settings: Settings, tokens: float, supervised: float) -> float:
+def has_prefix(shape: ModelShape, settings: Settings) -> bool:
+    """Tell whether what the blocks below the lowest adapter give is computed once and kept."""
+    return not shape.encoder and costs.trained_blocks(shape, settings) < shape.layers
+
+
+def scoring_seconds(
+    shape: ModelShape, settings: Settings, tokens: float, supervised: float, *, prefixed: bool = False
+) -> float:
     """Return the seconds of scoring rows: forward passes of 512 tokens and the head at supervised positions."""
+    part = costs.trained_blocks(shape, settings) / max(1, shape.layers) if prefixed else 1.0
     head = 0 if shape.encoder else shape.vocab * shape.hidden
-    operations = 2 * tokens * shape.linear_weights + 2 * supervised * head
+    operations = 2 * tokens * part * shape.linear_weights + 2 * supervised * head
     passes = math.ceil(tokens / 512)
-    elements = ELEMENT_SECONDS * shape.layers * tokens * costs.kept_per_token(shape)
-    unpacking = COPYING[settings.base_bits] * shape.linear_weights * passes
-    return operations / REFERENCE_RATE + elements + unpacking + BLOCK_SECONDS * shape.layers * passes
+    elements = ELEMENT_SECONDS * part * shape.layers * tokens * costs.kept_per_token(shape)
+    once = part * (reading_seconds(shape, settings) + BLOCK_SECONDS * shape.layers)
+    return operations / REFERENCE_RATE + elements + once * passes
 
 
-def generating_seconds(shape: ModelShape, settings: Settings, answers: int, length: float) -> float:
-    """Return the seconds of writing so many answers, sixteen at once: each token unpacks all weights and the head."""
-    steps = math.ceil(answers / 16) * length
+def reading_seconds(shape: ModelShape, settings: Settings) -> float:
+    """Return the seconds of having all frozen weights in fp32 once: unpacked, and with streaming read from the disk."""
+    bits = min(settings.base_bits, settings.grid_bits or settings.base_bits)
+    read = costs.bytes_per_weight(settings.base_bits) / STREAM_BYTES if settings.stream else 0.0
+    return (COPYING[bits] + read) * shape.linear_weights
+
+
+def writing_seconds(shape: ModelShape, settings: Settings, answers: int, prompt: float, length: float, at_once: int) -> float:
+    """Return the seconds of writing answers of `length` tokens to prompts of `prompt` tokens, so many at once.
+
+    Each token of theirs takes all weights and the whole head.
+    """
+    steps = math.ceil(answers / max(1, at_once)) * length
     head = shape.vocab * shape.hidden
-    unpacking = COPYING[settings.base_bits] * shape.linear_weights + COPYING[max(settings.base_bits, 8)] * head
-    product = 2 * 16 * (shape.linear_weights + head) / (REFERENCE_RATE * share_of_rate(16))
-    return steps * (unpacking + product + BLOCK_SECONDS * shape.layers)
+    unpacking = reading_seconds(shape, settings) + COPYING[max(settings.base_bits, 8)] * head
+    product = 2 * at_once * (shape.linear_weights + head) / (REFERENCE_RATE * share_of_rate(at_once))
+    step = unpacking + product + BLOCK_SECONDS * shape.layers
+    return scoring_seconds(shape, settings, answers * prompt, answers) + steps * step

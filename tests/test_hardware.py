@@ -91,13 +91,13 @@ def test_cores_are_those_of_this_process() -> None:
 
 
 def test_probe_is_whole_and_warns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rates, "matrix_rates", lambda: {"fp32": 100.0, "bf16": 5.0, "int8": 99.0})
+    monkeypatch.setattr(rates, "matrix_rates", lambda fp32: {"fp32": fp32, "bf16": 5.0, "int8": 99.0})
     monkeypatch.setattr(rates, "read_bandwidth", lambda cores, free: 20.0)
     monkeypatch.setattr(hardware, "physical_cores", lambda: 4)
     monkeypatch.setattr(hardware, "available_memory", lambda: 1 << 30)
     monkeypatch.setattr(hardware, "memory_limit", lambda: 2 << 30)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    found = hardware.probe()
+    found = hardware.probe(100.0)
     assert found["fast_dtypes"] == ["fp32", "int8"]
     text = "\n".join(found["warnings"])
     assert "OMP_NUM_THREADS=1 leaves 3 of 4 cores unused; unset it" in text
@@ -109,4 +109,5 @@ def test_probe_is_whole_and_warns(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_rates_are_measured() -> None:
     measured = rates.matrix_rates(0.05)
     assert all(rate > 0 for rate in measured.values())
+    assert rates.matrix_rates(0.05, fp32=123.0)["fp32"] == 123.0
     assert rates.read_bandwidth(1, 64 << 20, seconds=0.02) > 0.1

@@ -17,6 +17,7 @@ from edgelora.adapters import inject, peft_format
 from edgelora.adapters.lora import LoRA, LoRASettings
 from edgelora.errors import FolderError, SettingsError
 from edgelora.models.load import load_model
+from edgelora.models.recompute import Keeping
 from edgelora.models.source import open_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -199,7 +200,7 @@ def check_same_gradients(model: Any, peft: Any) -> None:
 def test_gradients_equal_plain_autograd(family: str, bits: int, checkpointing: bool, tmp_path: Path) -> None:
     model = load_tiny(tmp_path, family, bits)
     attach_moved(model)
-    model.gradient_checkpointing = checkpointing
+    model.keeping = Keeping(0) if checkpointing else Keeping()
     peft = theirs(tmp_path, model, trainable=True)
     model.eval()
     if family == "bert":

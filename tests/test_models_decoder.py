@@ -10,6 +10,7 @@ import torch
 from tolerances import GRADIENT_RELATIVE, LOGITS_FP32
 
 from edgelora.models.load import load_decoder
+from edgelora.models.recompute import Keeping
 from edgelora.models.source import open_model
 
 DOCUMENTS = [[5, 9, 200, 31, 7, 7, 90, 14, 3, 250, 11], [1], [77, 78, 79, 80, 81, 2]]
@@ -47,7 +48,7 @@ def test_gradient_equals_transformers(family: str, tmp_path: Path) -> None:
     # both models get the same rows as embeddings, and the gradient comes back to these
     rows = ours.embed(ids).clone().requires_grad_()
     ours.embed.forward = lambda _: rows
-    ours.gradient_checkpointing = True
+    ours.keeping = Keeping(0)
     ours.nll(ours.hidden(ids, starts)[:-1], ids[1:]).backward()
     given = rows.detach().clone().requires_grad_()
     by_itself = family.startswith("gemma") and "Scaled" in type(reference.get_input_embeddings()).__name__

@@ -17,6 +17,7 @@ import torch
 from edgelora.models.base_file import BaseWeights, open_base
 from edgelora.models.base_layout import ALIGN, PART, Section
 from edgelora.models.load import decoder_sections, load_decoder
+from edgelora.models.recompute import Keeping
 from edgelora.models.source import open_model
 from edgelora.models.stream import Stream
 
@@ -139,7 +140,7 @@ def test_streamed_training_gives_the_same_gradients(tmp_path: Path) -> None:
         torch.manual_seed(0)
         model = load_decoder(open_model(str(folder)), base_bits=4, streamed=streamed)
         assert (model.stream is not None) == streamed
-        model.gradient_checkpointing = True
+        model.keeping = Keeping(0)
         inject.attach(model, LoRASettings(), "all-linear")
         loss = model.nll(model.hidden(IDS, STARTS)[:-1], IDS[1:])
         loss.backward()

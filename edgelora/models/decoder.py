@@ -155,15 +155,6 @@ class Decoder(nn.Module):
         self._stream = stream
         self.head = dataclasses.replace(self.head, release=None if stream is None else stream.drop_table)
 
-    @property
-    def gradient_checkpointing(self) -> bool:
-        """Whether every block is computed again in backward."""
-        return self.keeping.kept_blocks == 0
-
-    @gradient_checkpointing.setter
-    def gradient_checkpointing(self, wanted: bool) -> None:
-        self.keeping = Keeping(0 if wanted else len(self.blocks))
-
     def hidden(self, ids_T: Tensor, starts: Tensor, prefix: tuple[int, Tensor] | None = None) -> Tensor:
         """Return the normed last hidden states `[T, H]` of packed documents.
 

@@ -39,15 +39,6 @@ class Encoder(nn.Module):
         return dict(self.network.config.to_dict())
 
     @property
-    def gradient_checkpointing(self) -> bool:
-        """Whether every layer is computed again in backward."""
-        return self.keeping.kept_blocks == 0
-
-    @gradient_checkpointing.setter
-    def gradient_checkpointing(self, wanted: bool) -> None:
-        self.keeping = Keeping(0 if wanted else len(self._layers()))
-
-    @property
     def keeping(self) -> Keeping:
         """What the layers keep for backward."""
         return self._keeping

@@ -223,14 +223,12 @@ class Training:
             task_type=peft_format.TASK_TYPES.get(self.task.auto_class),
         )
         peft_format.save(adapter, self.out, paths=list(self.model.linears()))
-        on_grid.save_scales(self.model, self.out)
 
     def apply_kept(self) -> None:
         if trains_scales(self.config):
             scales_grid.apply_kept(self.model, self.out)
         else:
             peft_format.apply(self.model, peft_format.load(self.out))
-            on_grid.ship_scales(self.model, self.out, self.run.grid)
 
     def predictor(self) -> TorchPredictor:
         limits = {"batch_tokens": self.plan.scoring_tokens, "cache_bytes": round(self.plan.cache_mb * (1 << 20))}
