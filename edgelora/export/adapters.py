@@ -24,8 +24,6 @@ from edgelora.adapters.peft_format import AdapterFile
 from edgelora.errors import SettingsError
 from edgelora.export.graph import Array, GraphBuilder
 
-MODES = ("merged", "static", "swap")
-
 Rows = Mapping[str, Sequence[int]]  # layer path → [first, last + 1] of a product's outputs
 
 
@@ -115,18 +113,3 @@ def refuse_unbranched(adapter: AdapterFile, paths: Collection[str], what: str) -
     if problems:
         message = "\n  ".join([f"the adapter of {what} cannot stay beside the weights:", *problems])
         raise SettingsError(message, hint=f"edgelora export {what} -o BUNDLE merges it")
-
-
-def check_mode(mode: str, task: str, kind: str) -> None:
-    """Raise SettingsError where a way to ship adapters does not go with what is exported."""
-    if mode not in MODES:
-        raise SettingsError(f'adapters "{mode}" is not known; allowed: {", ".join(MODES)}')
-    if mode == "static" and kind != "run":
-        raise SettingsError("--adapters static keeps a run's adapter in the graph, and this is not a run")
-    if mode == "swap" and kind == "run":
-        raise SettingsError(
-            "--adapters swap makes a base bundle that adapters are added to; this is a run",
-            hint="edgelora export MODEL --adapters swap -o BUNDLE, then edgelora export RUN --onto BUNDLE",
-        )
-    if mode != "merged" and task != "text-generation":
-        raise SettingsError(f"--adapters {mode} is for text-generation; {task} ships merged", hint="leave --adapters out")

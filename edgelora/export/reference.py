@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from edgelora.adapters.lora import LoRA
 from edgelora.export.graph import Array
 from edgelora.models.linear import FrozenLinear
 from edgelora.quant.grid import QuantizedTensor, to_blocks
@@ -39,8 +40,12 @@ def rounded_activations(model: nn.Module) -> Iterator[None]:
         assert isinstance(quantized, QuantizedTensor)
         return (round_to_int8(inputs[0], quantized.block_size), *inputs[1:])
 
+    def stay_apart(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """Being there is enough: a layer that is listened to computes its adapter beside its weight (LoRA.in_weight_space)."""
+
     layers = [module for module in model.modules() if isinstance(module, FrozenLinear) and module.quantized is not None]
     hooks = [layer.register_forward_pre_hook(before) for layer in layers]
+    hooks += [module.register_forward_pre_hook(stay_apart) for module in model.modules() if isinstance(module, LoRA)]
     try:
         yield
     finally:

@@ -14,6 +14,8 @@ from edgelora.quant.checkpoint import MergedCheckpoint
 from edgelora.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from edgelora.adapters.peft_format import AdapterFile
+    from edgelora.export.adapters import StaticBranches, SwapBranches
     from edgelora.models.spec import DecoderSpec
 
 
@@ -26,6 +28,8 @@ class Work:
     device: str
     spec: DecoderSpec | None  # None: an encoder
     tokenizer: Tokenizer
+    adapter: AdapterFile | None = None  # beside the weights
+    branches: StaticBranches | SwapBranches | None = None  # of the graph, for adapters beside the weights
     nodes: dict[str, dict[str, Any]] = field(default_factory=dict)  # of the graph's MatMulNBits
     manifest: dict[str, Any] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -36,12 +40,17 @@ class Work:
 
     @cached_property
     def network(self) -> Any:
-        """The torch model of the merged folder (Decoder or Encoder), its weights mapped from there."""
+        """The torch model of the merged folder (Decoder or Encoder), its weights mapped from there, with `adapter` on it."""
         from edgelora.models.load import load_model
         from edgelora.models.source import open_model
 
         source = open_model(str(self.checkpoint.folder))
-        return load_model(source, self.checkpoint.task, base_bits=32, labels=self.checkpoint.labels).eval()
+        network = load_model(source, self.checkpoint.task, base_bits=32, labels=self.checkpoint.labels).eval()
+        if self.adapter is not None:
+            from edgelora.adapters.peft_format import apply
+
+            apply(network, self.adapter)
+        return network
 
     @contextmanager
     def time(self, stage: str) -> Iterator[None]:

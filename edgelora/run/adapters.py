@@ -109,13 +109,14 @@ def mismatch(name: str, value: ort.OrtValue, inputs: Mapping[str, ort.NodeArg]) 
 
 
 def initializers(bundle: Bundle, adapter: Adapter | None) -> dict[str, ort.OrtValue]:
-    """Return the initializers that an adapter replaces when a session is opened: scales by name, else none."""
+    """Return the initializers that an adapter replaces when a session is opened, by name: scales and a trained head."""
     if adapter is None or adapter.kind != "scales":
         return {}
     import onnxruntime as ort
 
-    scales = stacked_scales(read_delta(adapter.path), bundle.manifest.get("nodes") or {}, adapter.path)
-    return {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in scales.items()}
+    delta = read_delta(adapter.path)
+    scales = stacked_scales(delta, bundle.manifest.get("nodes") or {}, adapter.path)
+    return {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in {**delta.tensors, **scales}.items()}
 
 
 def stacked_scales(delta: Delta, nodes: Mapping[str, Mapping[str, Any]], path: Path) -> dict[str, Array]:

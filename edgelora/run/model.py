@@ -13,6 +13,7 @@ from edgelora.run.adapters import find
 
 if TYPE_CHECKING:
     from edgelora.bundle import Bundle
+    from edgelora.run.adapters import Adapter
     from edgelora.run.classify import Classifier
     from edgelora.run.generate import Answer, Generator
 
@@ -62,8 +63,11 @@ class Model:
     def use(self, adapter: str | None) -> None:
         """Let the adapter of that name act from now on, or with None the base alone. Answers that are half written go on with
         it. Raises SettingsError where the bundle has no such adapter."""
-        found = None if adapter is None else find(self.bundle, adapter)
-        (self._generator or self.classifier).use(found)
+        self.put_on(None if adapter is None else find(self.bundle, adapter))
+
+    def put_on(self, adapter: Adapter | None) -> None:
+        """Let an adapter act that may not be in the bundle (yet)."""
+        (self._generator or self.classifier).use(adapter)
 
     @property
     def generator(self) -> Generator:
