@@ -1,7 +1,8 @@
 """`edgelora merge`: a model, with or without an adapter, rounded once onto the grid that ships.
 
-Streams: each layer is read, gets its adapter's update in fp32, is rounded a few rows at a time and written at its place in
-the file. Memory holds one layer's weight (two where an adapter changes it), never the model.
+How each layer is stored, and its codes where rows decide them, come from `rounding_plan.py`. Each layer is read, gets its
+adapter's update in fp32, is rounded if it is not yet, and written at its place in the file: without rows, memory holds one
+layer's weight (two where an adapter changes it), never the model.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ import torch
 from edgelora.errors import FolderError, SettingsError, did_you_mean
 from edgelora.folder import new_folder, read_manifest, refuse_existing, write_json, write_manifest
 from edgelora.models.tensors import CLASSIFICATION, GENERATION, decoder_layout, encoder_layout, guess_task
-from edgelora.quant.bits import PRECISION_BITS, choose_bits
+from edgelora.quant.bits import PRECISION_BITS
 from edgelora.quant.checkpoint import WEIGHTS, Layer, StreamedSafetensors
-from edgelora.quant.measure import relative_error, round_layer
+from edgelora.quant.measure import measured
+from edgelora.rounding_plan import RoundingPlan, Wish, plan_rounding
+from edgelora.shipped import conclude
 
 if TYPE_CHECKING:
     from edgelora.adapters.adapted import Adapted
+    from edgelora.adapters.combine import Combination, Recipe
     from edgelora.adapters.peft_format import AdapterFile
     from edgelora.models.source import ModelSource
 
@@ -41,37 +45,48 @@ class Inputs:
     folder: Path
     facts: dict[str, Any]  # the run's settings and results
     grid: dict[str, Any]  # what the run was trained on; empty where it was not
+    notes: list[str]  # what the user should know
 
 
 def merge(
     run: Path | None,
     out: Path,
     *,
-    adapter: Path | None = None,
+    adapter: Path | Recipe | None = None,
     model: str | None = None,
     precision: str = "int4",
     block_size: int = 32,
     overwrite: bool = False,
+    force: bool = False,
+    **wishes: Any,
 ) -> dict[str, Any]:
-    """Write the merged folder `out` from a RUN, from a PEFT adapter and its model, or from a model alone.
+    """Write the merged folder `out` from a RUN, from a PEFT adapter (or several, by a recipe) and its model, or from a
+    model alone.
 
-    Returns the figures of `--json`: layers, size, errors, and `table`, rows for people. Raises UserError for wrong inputs.
+    wishes: the other fields of `rounding_plan.Wish`. A run that was trained on the grid of `precision` keeps its codes; another
+    one is rounded with its own rows, and anything else with those of `calibrate`, if they are given.
+    Returns the figures of `--json`: layers, size, errors, `table`, rows for people, and `results`, those of held-out rows.
+    Raises UserError for wrong inputs, and unless `force` for a merge that keeps too little of what a run has learned.
     """
     if precision not in PRECISION_BITS:
         allowed = f"allowed: {', '.join(PRECISION_BITS)}.{did_you_mean(precision, PRECISION_BITS)}"
         raise SettingsError(f'precision "{precision}" is not known; {allowed}')
     if block_size not in BLOCK_SIZES:
         raise SettingsError(f"block size {block_size} is not allowed; allowed: {', '.join(map(str, BLOCK_SIZES))}")
+    wish = Wish(precision, block_size, **wishes)
     refuse_existing(out, overwrite=overwrite)
-    with torch.inference_mode():
+    with torch.no_grad():
         inputs = gather(run, adapter, model)
-        bits = plan_bits(inputs.adapted, precision, block_size, inputs.grid)
         with new_folder(out, overwrite=overwrite) as staging:
-            layers = write_weights(inputs.adapted, staging / WEIGHTS, bits, block_size)
+            plan = plan_rounding(inputs, wish, staging)
+            layers = write_weights(inputs.adapted, staging / WEIGHTS, plan)
             write_companions(inputs, staging)
             source = inputs.adapted.source
             base = {"reference": source.reference, "fingerprint": source.fingerprint, "license": source.license}
             facts = {"task": inputs.task, "labels": inputs.labels, "model": base, "precision": precision, **inputs.facts}
+            facts |= {"rounding": plan.facts, "accuracy_levels": plan.accuracy_levels}
+            write_manifest(staging, "merged", layers=layers, **facts)
+            facts |= conclude(staging, inputs, force=force)
             write_manifest(staging, "merged", layers=layers, **facts)
             size_mb = sum(path.stat().st_size for path in staging.iterdir()) / 2**20
     return {
@@ -82,36 +97,51 @@ def merge(
         "layers_8_bits": [path for path, layer in layers.items() if layer["bits"] == 8],
         "size_mb": round(size_mb, 1),
         **average(list(layers.values())),
+        "rounding": plan.facts,
+        "accuracy_levels": plan.accuracy_levels,
+        "trade": plan.trade,
+        "notes": inputs.notes,
         "table": table(layers),
+        "results": facts.get("results", []),
     }
 
 
-def gather(run: Path | None, adapter: Path | None, model: str | None) -> Inputs:
+def gather(run: Path | None, adapter: Path | Recipe | None, model: str | None) -> Inputs:
     """Open what is to be merged; raises UserError if it does not fit together or a tensor is missing."""
     from edgelora.adapters.adapted import Adapted, num_labels
+    from edgelora.adapters.combine import Recipe
+    from edgelora.adapters.foreign import only_run, open_foreign
     from edgelora.adapters.scales import load_trained as load
     from edgelora.models.families import decoder_spec
     from edgelora.models.source import open_model
 
+    recipe = Recipe((adapter,)) if isinstance(adapter, Path) else adapter
+    run = run or (only_run(recipe) if recipe is not None else None)
+    foreign = open_foreign(recipe) if recipe is not None and run is None else None
     manifest = read_manifest(run, "run") if run is not None else {}
-    reference = model or manifest.get("model", {}).get("reference")
+    reference = model or manifest.get("model", {}).get("reference") or (foreign.reference if foreign else None)
     if reference is None:
+        named = "".join(f'; the adapter was trained on "{base}"' for base in (foreign.bases if foreign else []))
         raise SettingsError(
-            "nothing to merge: neither a run nor a model", hint="edgelora merge --adapter DIR --model MODEL -o OUT"
+            f"nothing to merge: neither a run nor a model{named}", hint="edgelora merge --adapter DIR --model MODEL -o OUT"
         )
     source = open_model(reference)
     if run is not None:
         check_base(source, manifest, run)
-    place = run or adapter
-    file = load(place) if place is not None else None
+    for folder, trained in (foreign.runs if foreign else {}).items():
+        check_base(source, trained, folder)
+    file = load(run) if run is not None else (foreign.adapter if foreign else None)
     task = manifest.get("task") or guess_adapter_task(file, source.config)
     layout = encoder_layout(source.config) if task == CLASSIFICATION else decoder_layout(decoder_spec(source.config))
     adapted = Adapted.build(source, file, layout)
-    labels = list(manifest.get("labels") or [])
+    labels = list(manifest.get("labels") or (foreign.labels if foreign else []))
     if task == CLASSIFICATION:
         labels = check_labels(labels, num_labels(adapted), source.config)
     facts: dict[str, Any] = {key: manifest[key] for key in ("settings", "results") if key in manifest}
-    return Inputs(adapted, task, labels, run or source.folder, facts, manifest.get("grid", {}))
+    tokenizer, notes = run or source.folder, []
+    if foreign is not None:
+        tokenizer, notes, facts = foreign.tokenizer(tokenizer), foreign.notes(reference), foreign.facts()
+    return Inputs(adapted, task, labels, tokenizer, facts, manifest.get("grid", {}), notes)
 
 
 def check_base(source: ModelSource, manifest: dict[str, Any], run: Path) -> None:
@@ -126,7 +156,7 @@ def check_base(source: ModelSource, manifest: dict[str, Any], run: Path) -> None
         )
 
 
-def guess_adapter_task(adapter: AdapterFile | None, config: dict[str, Any]) -> str:
+def guess_adapter_task(adapter: AdapterFile | Combination | None, config: dict[str, Any]) -> str:
     """Return the task that the adapter's `task_type` names, else that of the model's architecture."""
     named = TASK_TYPES.get((adapter.task_type if adapter else None) or "")
     return named or guess_task(config)
@@ -142,48 +172,37 @@ def check_labels(labels: list[str], rows: int, config: dict[str, Any]) -> list[s
     return labels or [f"LABEL_{i}" for i in range(rows)]
 
 
-def plan_bits(adapted: Adapted, precision: str, block_size: int, trained: dict[str, Any]) -> dict[str, int]:
-    """Return the bits of each layer that ships rounded: those it was trained with, else by the rule of `quant/bits.py`."""
-    layout = adapted.layout
-    paths = (*layout.embeddings, *layout.linears)
-    shapes = {path: (shape[0], shape[1]) for path in paths if (shape := adapted.shape(f"{path}.weight"))}
-    if (trained.get("precision"), trained.get("block_size")) == (precision, block_size):
-        return {path: trained["bits"].get(path, 8) for path in shapes}
-    errors = {}
-    if PRECISION_BITS[precision] == 4:
-        for path in layout.linears:
-            base, merged = adapted.weight(path)
-            errors[path] = relative_error(base if merged is None else merged, 4, block_size)
-    return choose_bits(precision, shapes, errors, set(layout.embeddings))
-
-
-def write_weights(adapted: Adapted, path: Path, bits: dict[str, int], block_size: int) -> dict[str, Layer]:
+def write_weights(adapted: Adapted, path: Path, plan: RoundingPlan) -> dict[str, Layer]:
     """Write model.safetensors; return the manifest's `layers`, with each layer's measured error."""
     tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     shapes = {name: adapted.shape(name) for name in adapted.layout.names()}
     for name, shape in shapes.items():
         layer = name.removesuffix(".weight")
-        if layer not in bits:
+        choice = plan.choices.get(layer) if layer != name else None
+        if choice is None:
             tensors[name] = torch.float32, shape
             continue
-        blocks = (shape[0], -(-shape[1] // block_size))
-        tensors[f"{layer}.codes"] = torch.uint8, (*blocks, block_size * bits[layer] // 8)
+        blocks = (shape[0], -(-shape[1] // choice.block_size))
+        tensors[f"{layer}.codes"] = torch.uint8, (*blocks, choice.block_size * choice.bits // 8)
         tensors[f"{layer}.scales"] = torch.float32, blocks
     layers: dict[str, Layer] = {}
     quantizable = {*adapted.layout.embeddings, *adapted.layout.linears}
     with StreamedSafetensors(path, tensors) as file:
         for name, shape in shapes.items():
             layer = name.removesuffix(".weight")
-            if layer in bits:
-                rounded = round_layer(*adapted.weight(layer), bits[layer], block_size)
-                file.write(f"{layer}.codes", rounded.tensor.codes)
-                file.write(f"{layer}.scales", rounded.tensor.scales)
-                layers[layer] = {"bits": bits[layer], "block_size": block_size, "shape": list(shape), **rounded.figures()}
-            elif layer in quantizable and name.endswith(".weight"):
-                base, merged = adapted.weight(layer)
-                file.write(name, (base if merged is None else merged).float())
-            else:
+            if layer not in quantizable or layer == name:
                 file.write(name, adapted.plain(name).float())
+                continue
+            base, merged = adapted.weight(layer)
+            weight = (base if merged is None else merged).float()
+            if layer not in plan.choices:
+                file.write(name, weight)
+                continue
+            tensor = plan.tensor(layer, weight)
+            file.write(f"{layer}.codes", tensor.codes)
+            file.write(f"{layer}.scales", tensor.scales)
+            stored = {"bits": tensor.bits, "block_size": tensor.block_size, "shape": list(shape)}
+            layers[layer] = {**stored, **measured(base, merged, tensor).figures()}
     return layers
 
 

@@ -1,12 +1,13 @@
 """Adapters as PEFT writes and reads them: adapter_config.json and adapter_model.safetensors (peft 0.18 to 0.21).
 
-Tensors are named `base_model.model.<module path>.<what>`, where what is lora_A.weight `[r, K]`, lora_B.weight `[N, r]` or
-lora_magnitude_vector `[N]`; a trained head (`modules_to_save`) and trained biases keep their name in the model.
+Tensors are named `base_model.model.<module path>.<what>`, where what is lora_A.weight `[r, K]`, lora_B.weight `[N, r]`,
+lora_B.bias `[N]`, lora_magnitude_vector `[N]`, lora_diag `[r]` (KaSA), or of an embedding `[V, H]` lora_embedding_A `[r, V]`,
+lora_embedding_B `[H, r]` and token_adapter.trainable_tokens_delta `[tokens, H]`, its new rows. What was trained whole (a head,
+norms, biases, a resized embedding) keeps its name in the model.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
@@ -18,9 +19,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from edgelora.adapters.initialize import from_pattern
 from edgelora.adapters.inject import adapters, frozen_linears, matches, suffixes
-from edgelora.adapters.lora import Factors, LoRA, combine
+from edgelora.adapters.lora import Factors, LoRA
+from edgelora.adapters.peft_config import (
+    CONFIG,
+    notes,
+    read_config,
+    settings_of,
+    start_of,
+    task_type,
+    tokens_of,
+)
+from edgelora.adapters.peft_tensors import read_tensors, unfit_parameters, wrong_part, wrong_rows
+from edgelora.adapters.weight_space import check_shape, merged_weight
 from edgelora.errors import FolderError
 from edgelora.folder import write_json
 
@@ -30,7 +41,6 @@ if TYPE_CHECKING:
 
     Model = Decoder | Encoder
 
-CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 TASK_TYPES = {
@@ -40,16 +50,11 @@ TASK_TYPES = {
     "AutoModelForTokenClassification": "TOKEN_CLS",
     "AutoModelForQuestionAnswering": "QUESTION_ANS",
 }
-# Keys that decide nothing once the tensors are there: which layers they sit on and how they began is seen in the tensors.
-UNDERSTOOD = {
-    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r",
-    "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora", "use_dora",
-    "modules_to_save", "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
-    "megatron_core", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config", "qalora_group_size",
-    "ensure_weight_tying",
-}  # fmt: skip
-# These change the base weights too, so that the adapter alone does not say what was trained.
-CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+PART = re.compile(r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|lora_diag)(\.weight)?")
+BIAS = re.compile(r"(.+)\.lora_B\.bias")
+TOKENS = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta")
+# Copies of the base, which PEFT's bias="all" and save_embedding_layers store too, and what VeLoRA and MonteCLoRA train with.
+UNUSED = (".original_module.", ".trainable_tokens_original", ".lora_velora_embed", ".lora_monteclora_sampler.")
 
 
 @dataclass(frozen=True)
@@ -65,28 +70,28 @@ class AdapterFile:
     dropout: float = 0.0
     base: str | None = None
     task_type: str | None = None
+    start: str | None = None  # what was taken out of the base weights: "pissa", "olora", "kasa" (weight_space.base_part)
+    embeddings: frozenset[str] = frozenset()  # of the factors' paths, those of lora_embedding_A and B
+    tokens: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by path: token ids and their new rows
+    shifts: dict[str, Tensor] = field(default_factory=dict)  # by the bias's name, what is added to it (lora_bias)
+    parameters: bool = False  # trained with target_parameters
+    notes: tuple[str, ...] = ()
+
+    @property
+    def paths(self) -> set[str]:
+        """The layers whose weight the adapter changes, apart from those that it replaces whole."""
+        return {*self.factors, *self.tokens}
+
+    def merged_weight(self, path: str, weight_NK: Tensor) -> Tensor:
+        """Return fp32 `[N, K]`: the weight of `path` as the adapter makes it."""
+        return merged_weight(self, path, weight_NK)
+
+    def takes_part(self, path: str) -> bool:
+        return self.start is not None and path not in self.embeddings
 
     @property
     def dora(self) -> bool:
         return any(factors.magnitude is not None for factors in self.factors.values())
-
-
-def merged_weight(adapter: AdapterFile, path: str, weight_NK: Tensor) -> Tensor:
-    """Return fp32 `[N, K]`: the weight of `path` with its adapter in it, or as it is where the adapter has none.
-
-    Raises FolderError if the adapter was made for another shape.
-    """
-    factors = adapter.factors.get(path)
-    if factors is None:
-        return weight_NK.float()
-    check_shape(path, factors, (weight_NK.shape[0], weight_NK.shape[1]))
-    return combine(weight_NK, factors)
-
-
-def check_shape(path: str, factors: Factors, shape: tuple[int, int]) -> None:
-    found = (factors.b.shape[0], factors.a.shape[1])
-    if found != shape:
-        raise FolderError(f"the adapter of {path} is for a weight of shape {list(found)}; this model's is {list(shape)}")
 
 
 def save(adapter: AdapterFile, folder: Path, *, paths: Sequence[str] = ()) -> None:
@@ -148,24 +153,35 @@ def short_names(adapted: list[str], paths: Sequence[str]) -> list[str]:
 
 
 def load(folder: Path) -> AdapterFile:
-    """Read an adapter that EdgeLoRA or PEFT wrote. Raises FolderError for what is missing, damaged or not understood."""
+    """Read an adapter that EdgeLoRA or PEFT wrote; tensors stay as stored, mapped from the file where possible.
+
+    Raises FolderError for what is missing, damaged or not understood.
+    """
     config = read_config(folder)
-    tensors = read_tensors(folder)
+    tensors = read_tensors(folder, WEIGHTS)
     parts: dict[str, dict[str, Tensor]] = {}
+    rows: dict[str, Tensor] = {}
     saved: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
-        name = key.removeprefix(PREFIX).replace(".base_layer.", ".").replace(".modules_to_save.", ".")
-        found = re.fullmatch(r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)(\.weight)?", name)
-        if found:
-            parts.setdefault(found[1], {})[found[2]] = tensor.float()
-        elif ".original_module." not in name:  # PEFT's bias="all" stores the untrained head's bias too
-            saved[name] = tensor.float()
-    problems = [f"{path}: {', '.join(sorted(part))}" for path, part in parts.items() if not whole(part)]
+        name = key.removeprefix(PREFIX).replace(".modules_to_save.", ".").replace(".token_adapter.base_layer.", ".")
+        name = name.replace(".base_layer.", ".")
+        if found := PART.fullmatch(name):
+            parts.setdefault(found[1], {})[found[2]] = tensor
+        elif found := BIAS.fullmatch(name):
+            parts.setdefault(found[1], {})["bias"] = tensor
+        elif found := TOKENS.fullmatch(name):
+            rows[found[1]] = tensor
+        elif not any(unused in name for unused in UNUSED):
+            saved[name] = tensor
+    problems = [line for path, part in parts.items() for line in wrong_part(path, part, config)]
+    problems += [line for path, found in rows.items() for line in wrong_rows(path, found, config)]
+    problems += unfit_parameters(config)
     if problems or not parts:
-        lines = problems or ["no lora_A and lora_B"]
+        lines = problems[:10] or ["no lora_A and lora_B"]
         raise FolderError("\n  ".join([f"{folder / WEIGHTS} is not a whole LoRA adapter:", *lines]))
+    scales = {path: settings_of(config, path)[1] for path in parts}
     return AdapterFile(
-        {path: to_factors(path, part, config) for path, part in parts.items()},
+        {path: to_factors(part, scales[path]) for path, part in parts.items()},
         saved,
         tuple(config.get("modules_to_save") or ()),
         config.get("bias") or "none",
@@ -173,69 +189,28 @@ def load(folder: Path) -> AdapterFile:
         bool(config.get("fan_in_fan_out")),
         float(config.get("lora_dropout") or 0.0),
         config.get("base_model_name_or_path"),
-        config.get("task_type"),
+        task_type(config),
+        start=start_of(config),
+        embeddings=frozenset(path for path, part in parts.items() if "lora_embedding_A" in part),
+        tokens={path: (torch.tensor(tokens_of(config, path)), found) for path, found in rows.items()},
+        shifts={f"{path}.bias": scales[path] * part["bias"].float() for path, part in parts.items() if "bias" in part},
+        parameters=bool(config.get("target_parameters")),
+        notes=tuple(notes(folder, config)),
     )
 
 
-def whole(part: dict[str, Tensor]) -> bool:
-    names = set(part) - {"lora_magnitude_vector"}
-    return names in ({"lora_A", "lora_B"}, {"lora_embedding_A", "lora_embedding_B"})
+def to_factors(part: dict[str, Tensor], scale: float) -> Factors:
+    """Return the factors of one layer. An embedding `[V, H]` has A `[r, V]` and B `[H, r]`: the same formula transposed.
 
-
-def to_factors(path: str, part: dict[str, Tensor], config: dict[str, Any]) -> Factors:
-    """Return the factors of one layer. An embedding `[V, H]` has A `[r, V]` and B `[H, r]`: the same formula transposed."""
+    KaSA (arXiv 2412.06071, eq. 6): s·B diag(λ) A, whose λ goes into B.
+    """
     if "lora_embedding_A" in part:
         a, b = part["lora_embedding_B"].t().contiguous(), part["lora_embedding_A"].t().contiguous()
     else:
         a, b = part["lora_A"], part["lora_B"]
-    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
-        raise FolderError(
-            f"the adapter of {path} has A of shape {list(a.shape)} and B of shape {list(b.shape)}; [r, K] and [N, r] are wanted"
-        )
-    alpha = float(from_pattern(config.get("alpha_pattern") or {}, path, config.get("lora_alpha", 8)))
-    rank = a.shape[0]
-    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+    if "lora_diag" in part:
+        b = b.float() * part["lora_diag"].float()
     return Factors(a, b, scale, part.get("lora_magnitude_vector"))
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise FolderError(f"{folder} is not an adapter folder: it has no {CONFIG}") from None
-    except ValueError as error:
-        raise FolderError(f"{folder / CONFIG} is damaged: {error}") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise FolderError(f"{folder / CONFIG} describes an adapter of type {kind}; LORA is wanted")
-    strange = {key: value for key, value in config.items() if key not in UNDERSTOOD and value}
-    if strange:
-        listed = ", ".join(f"{key} = {json.dumps(value)}" for key, value in strange.items())
-        raise FolderError(f"{folder / CONFIG} asks for what EdgeLoRA does not know: {listed}")
-    start = str(config.get("init_lora_weights", "")).lower()
-    if start.startswith(CHANGED_BASE):
-        raise FolderError(
-            f'{folder / CONFIG} began with init_lora_weights "{start}", which changes the base weights too',
-            hint="save it from PEFT with path_initial_model_for_weight_conversion, which writes a plain LoRA adapter",
-        )
-    return config
-
-
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        tensors: dict[str, Tensor] = load_file(folder / WEIGHTS)
-    except FileNotFoundError:
-        hint = "save it again with safe_serialization=True" if (folder / "adapter_model.bin").exists() else None
-        raise FolderError(f"{folder} is not an adapter folder: it has no {WEIGHTS}", hint=hint) from None
-    except SafetensorError as error:
-        raise FolderError(f"{folder / WEIGHTS} is damaged: {error}") from None
-    bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
-    if bad:
-        raise FolderError(f"{folder / WEIGHTS} has values that are not finite: {', '.join(bad)}")
-    return tensors
 
 
 def from_model(model: Model, *, rslora: bool, dropout: float, base: str | None, task_type: str | None) -> AdapterFile:
@@ -261,12 +236,14 @@ def apply(model: Model, adapter: AdapterFile) -> None:
     linears, present = frozen_linears(model), adapters(model)
     replaced: dict[str, Tensor] = {**biases(model), **head_parameters(model)}
     unknown = [*(set(adapter.factors) - set(linears) - set(present)), *(set(adapter.saved_modules) - set(replaced))]
+    unknown += [*adapter.tokens, *adapter.shifts, *([f"a base without its part ({adapter.start})"] if adapter.start else [])]
     if unknown:
         raise FolderError("\n  ".join(["the adapter changes what this model does not have:", *sorted(unknown)[:10]]))
     for path, factors in adapter.factors.items():
         layer = present.get(path)
         if layer is None:
             check_shape(path, factors, (linears[path].out_features, linears[path].in_features))
+            factors = in_fp32(factors)
             model.replace_linear(path, LoRA(linears[path], factors, adapter.dropout))
         else:
             layer.set_factors(factors)
@@ -274,6 +251,11 @@ def apply(model: Model, adapter: AdapterFile) -> None:
         if replaced[name].shape != tensor.shape:
             raise FolderError(f"the adapter's {name} has shape {list(tensor.shape)}; this model's {list(replaced[name].shape)}")
         replaced[name].copy_(tensor)
+
+
+def in_fp32(factors: Factors) -> Factors:
+    magnitude = None if factors.magnitude is None else factors.magnitude.float()
+    return Factors(factors.a.float(), factors.b.float(), factors.scale, magnitude)
 
 
 def head_parameters(model: Model) -> dict[str, Tensor]:
