@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def inspect(path: str | Path) -> dict[str, Any]:
     """Return what a folder (or model reference) holds; `kind` says what it is.
 
-    run     adapters: per layer rank, norm and singular values of the update; trained parameters
+    run     adapters: per layer rank, norm and singular values of the update; or scales: per layer; trained parameters
     merged  layers: bits, block size, shape, error, bytes
     bundle  nodes with bits, block size and accuracy level; misses: nodes that no fast kernel takes, with the reason
     model   tensors by shape; what an export of it would hold
@@ -53,11 +53,33 @@ def damage(folder: Path, manifest: dict[str, Any]) -> list[str]:
 def inspect_run(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     from edgelora.adapters.peft_format import load
 
+    if (manifest.get("settings") or {}).get("method") == "scales":
+        return inspect_scales(folder, manifest)
     adapter = load(folder)
     rows = [{"layer": path, **look_at_factors(factors)} for path, factors in adapter.factors.items()]
     saved = {name: list(tensor.shape) for name, tensor in adapter.saved_modules.items()}
     trained = sum(row["parameters"] for row in rows) + sum(tensor.numel() for tensor in adapter.saved_modules.values())
     return {"settings": manifest.get("settings", {}), "trained_parameters": trained, "adapters": rows, "saved_modules": saved}
+
+
+def inspect_scales(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    from edgelora.scales_delta import FILE, read_delta
+
+    delta = read_delta(folder)
+    rows = [
+        {"layer": path, "parameters": scales.size, "bits": manifest["grid"]["bits"][path], "blocks": scales.shape[1]}
+        for path, scales in delta.scales.items()
+    ]
+    trained = sum(row["parameters"] for row in rows) + sum(array.size for array in delta.tensors.values())
+    saved = {name: list(array.shape) for name, array in delta.tensors.items()}
+    return {
+        "settings": manifest.get("settings", {}),
+        "trained_parameters": trained,
+        "delta_mb": round((folder / FILE).stat().st_size / 2**20, 2),
+        "base": delta.base,
+        "scales": rows,
+        "saved_modules": saved,
+    }
 
 
 def look_at_factors(factors: Factors) -> dict[str, Any]:
@@ -146,12 +168,12 @@ def show(found: Mapping[str, Any]) -> None:
         key: value for key, value in found.items() if isinstance(value, str | int | float) and not isinstance(value, bool)
     }
     console.table(f"{found['kind']}", [simple])
-    for name in ("adapters", "layers", "nodes", "tensors", "results"):
+    for name in ("adapters", "scales", "layers", "nodes", "tensors", "results"):
         rows = [
             {key: short(value) for key, value in row.items() if not isinstance(value, dict)} for row in found.get(name) or []
         ]
         if rows:
-            console.table(name, group(rows) if name in ("layers", "nodes") else rows)
+            console.table(name, group(rows) if name in ("scales", "layers", "nodes") else rows)
     if found.get("damage"):
         console.warn("\n  ".join(["files differ from the manifest:", *found["damage"]]))
     if found.get("misses"):
