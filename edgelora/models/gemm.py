@@ -2,11 +2,14 @@
 
 MKL has no AVX-512 path for processors that are not Intel's; oneDNN writes its kernels for what the processor has. On an AMD
 EPYC with AVX-512 the one reaches 190 GFLOP/s where the other reaches 430, on most Intel machines they are equal: `choose`
-measures. Processors with AVX512-BF16 or AMX do twice that and more with bf16 operands (800 GFLOP/s on the same machine), others
-are far slower with them. The choice decides the last bits of every product, so a run records it and keeps it when it is resumed.
+measures. Processors with AVX512-BF16 or AMX do twice that with bf16 operands (800 GFLOP/s on the same machine), others are far
+slower with them. The choice decides the last bits of every product, so a run records it and keeps it when it is resumed.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -34,6 +37,17 @@ def use(library: str) -> None:
 
 def library() -> str:
     return _library
+
+
+@contextmanager
+def exact() -> Iterator[None]:
+    """Compute every product in fp32 while the block runs."""
+    before = _library
+    use(ONEDNN if before == BF16 else before)
+    try:
+        yield
+    finally:
+        use(before)
 
 
 def choose(threads: int, compute: str | None = None, seconds: float = 0.3) -> str:

@@ -16,13 +16,14 @@ from edgelora.quant.grid import QuantizedTensor, dequantize, quantize
 _scratch = torch.empty(0)
 
 
-def scratch(num_elements: int) -> Tensor:
-    """Return the process's one fp32 buffer, grown to at least `num_elements`. Its content lives until the next call."""
+def scratch(num_elements: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the process's one buffer, grown to at least `num_elements` of a dtype. Its content lives until the next call."""
     global _scratch
-    if _scratch.numel() < num_elements:
+    size = -(-num_elements * dtype.itemsize // _scratch.itemsize)
+    if _scratch.numel() < size:
         with torch.inference_mode(False):  # a merge may ask first: what it gets in inference mode, training may not write
-            _scratch = torch.empty(num_elements)
-    return _scratch
+            _scratch = torch.empty(size)
+    return _scratch.view(dtype)
 
 
 class FrozenWeight:
@@ -116,7 +117,7 @@ def part_of(data: Tensor | QuantizedTensor, start: int, stop: int) -> Tensor | Q
 
 
 def write(data: Tensor | QuantizedTensor, rows: Tensor) -> None:
-    """Write a weight, in fp32, to the first K columns of `rows` `[N, at least K]`, contiguous."""
+    """Write a weight to the first K columns of `rows`, fp32 or bf16 `[N, at least K]`, contiguous."""
     if isinstance(data, QuantizedTensor) and data.scales.shape[1] * data.block_size == rows.shape[1]:
         dequantize(data, rows)  # no copy: its whole blocks are the rows
     else:
@@ -156,11 +157,11 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: FrozenWeight) -> Tensor:
         ctx.weight = weight
-        return gemm.linear(x, weight.in_scratch())
+        return gemm.product(x, weight.in_scratch())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return gemm.linear(grads[0], ctx.weight.in_scratch().t()), None
+        return gemm.product(grads[0], ctx.weight.in_scratch().t()), None
 
 
 class FrozenLinear(nn.Module):

@@ -139,7 +139,7 @@ class LinearGroup:
         """Return h Wᵀ `[T, N]`, W without what is apart."""
         y_TN: Tensor | None = None
         for rows, weight in self.tiles():
-            part = gemm.linear(h_TK, weight)
+            part = gemm.product(h_TK, weight)
             if part.shape[1] == self.starts[-1]:
                 return part
             y_TN = h_TK.new_empty(h_TK.shape[0], self.starts[-1]) if y_TN is None else y_TN
@@ -151,27 +151,26 @@ class LinearGroup:
         """Return g W `[T, K]`, W without what is apart."""
         dh_TK: Tensor | None = None
         for rows, weight in self.tiles():
-            part = gemm.linear(grad_TN[:, rows], weight.t())
+            part = gemm.product(grad_TN[:, rows], weight.t())
             dh_TK = part if dh_TK is None else dh_TK.add_(part)
         assert dh_TK is not None
         return dh_TK
 
     def tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield (rows, fp32 weight of these rows `[n, K]`): frozen tensors as they are, or unpacked in the scratch buffer.
-
-        There they take TILE elements at most, and live until its next use.
+        """Yield (rows, weight of these rows `[n, K]` in the products' dtype): frozen tensors as they are, or unpacked in the
+        scratch buffer. There they take TILE elements at most, and live until its next use.
         """
         joint = self.whole if all(member.apart for member in self.members) else None
         weights = [member.weight_data() for member in self.members] if joint is None else [joint]
-        first = 0
-        if all(isinstance(weight, Tensor) and weight.dtype == torch.float32 for weight in weights):
+        first, dtype = 0, gemm.weight_dtype()
+        if all(isinstance(weight, Tensor) and weight.dtype == dtype for weight in weights):
             for weight in weights:
                 yield slice(first, first + weight.shape[0]), cast(Tensor, weight)
                 first += weight.shape[0]
             return
         for pieces in packed(weights, max(1, TILE // max(1, self.row))):
             height = sum(piece.shape[0] for piece in pieces)
-            out, place = scratch(height * self.row)[: height * self.row].view(height, self.row), 0
+            out, place = scratch(height * self.row, dtype)[: height * self.row].view(height, self.row), 0
             for piece in pieces:
                 write(piece, out[place : place + piece.shape[0]])
                 place += piece.shape[0]

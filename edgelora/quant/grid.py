@@ -79,13 +79,16 @@ def encode(weight_NK: Tensor, scales: Tensor, bits: int, block_size: int) -> Qua
 
 
 def dequantize(tensor: QuantizedTensor, out: Tensor | None = None) -> Tensor:
-    """Return fp32 `[N, K]`; `out`, fp32 with at least N * ceil(K / block) * block elements, is reused as the memory."""
+    """Return fp32 `[N, K]`; `out`, of at least N * ceil(K / block) * block elements, is reused as the memory.
+
+    `out` may be bf16: codes and scales are exact there, their product is rounded once.
+    """
     num_outputs, num_blocks = tensor.scales.shape
     if out is None:
         out = torch.empty(num_outputs * num_blocks * tensor.block_size)
     size = num_outputs, num_blocks, tensor.block_size
     blocks = out.view(-1)[: num_outputs * num_blocks * tensor.block_size].view(size)
-    blocks.copy_(signed_codes(tensor.codes, tensor.bits)).mul_(tensor.scales.unsqueeze(-1))
+    blocks.copy_(signed_codes(tensor.codes, tensor.bits)).mul_(tensor.scales.to(out.dtype).unsqueeze(-1))
     return blocks.view(num_outputs, num_blocks * tensor.block_size)[:, : tensor.num_inputs]
 
 
