@@ -4,6 +4,8 @@ Parts (--what, separated by commas; default: all):
   e2e      SmolLM2, E2E rows: our int4 bundle; PEFT merge + round to nearest, + onnxruntime-genai's builder, + GPTQ
   banking  MiniLM, Banking77: accuracy of the fp32 adapter and of the int4 and int8 bundles
   peft     an adapter that PEFT trained, merged into 4 bits by `edgelora merge --calibrate`: the share of the gain kept
+  scales   block scales trained alone: memory, loss, size of the delta, and the delta on a base bundle
+  bits     every precision that training knows: loss, size, speed of decoding
 
 --e2e FILE.csv has the columns mr and ref (the E2E challenge's), --banking FILE.csv text and category (Banking77's). Each part
 trains on most rows and scores others that no training has seen; all losses are one evaluator's, token-weighted, on the same
@@ -25,10 +27,10 @@ from training_bench.__main__ import at_least_one
 from training_bench.results import Results
 
 from edgelora import console, hardware
-from merge_bench import banking, e2e, foreign
+from merge_bench import banking, bits, e2e, foreign, scales
 from merge_bench.bench import Bench
 
-PARTS = ("e2e", "banking", "peft")
+PARTS = ("e2e", "banking", "peft", "scales", "bits")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -50,7 +52,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
                         default=Path(platformdirs.user_cache_dir("edgelora")) / "bench")  # fmt: skip
     parser.add_argument("--json", dest="json_file", metavar="FILE", help="default: WORK/merge.json; -: all of it on stdout too")
     found = parser.parse_args(arguments)
-    text, labels = {"e2e", "peft"} & set(found.what), "banking" in found.what
+    text, labels = set(found.what) - {"banking"}, "banking" in found.what
     needed = {"--e2e": found.e2e or not text, "--banking": found.banking or not labels}
     if missing := [name for name, there in needed.items() if not there]:
         parser.error(f"{', '.join(missing)} FILE.csv is needed by --what {','.join(found.what)}")
@@ -78,6 +80,8 @@ def measure(arguments: argparse.Namespace, results: Results) -> None:
         "e2e": lambda: e2e.measure(bench, arguments.e2e, arguments.peft_adapter),
         "banking": lambda: banking.measure(bench, arguments.banking, arguments.banking_steps),
         "peft": lambda: foreign.measure(bench, arguments.e2e, arguments.peft_adapter),
+        "scales": lambda: scales.measure(bench, arguments.e2e),
+        "bits": lambda: bits.measure(bench, arguments.e2e),
     }
     for part in arguments.what:
         do[part]()

@@ -76,7 +76,7 @@ class Bench:
             raise StepFailed(f"{name} {record['outcome']}: {record['message']}")
         return record
 
-    def verb(self, name: str, verb: str, *arguments: Any, out: Path | None = None, **options: Any) -> Record:
+    def verb(self, name: str, verb: str, /, *arguments: Any, out: Path | None = None, **options: Any) -> Record:
         """Run a verb of edgelora; an option that is None is left out, one that is True has no value."""
         flags: list[str] = []
         for option, value in options.items():
@@ -87,6 +87,10 @@ class Bench:
         words = [str(argument) for argument in arguments]
         return self.step(name, lambda: python("-m", "edgelora", verb, *words, *place, *flags, "--json", "--quiet"), out)
 
+    def record(self, name: str) -> Record:
+        """Return the record of a step that was made before."""
+        return dict(self.results.content["runs"][f"{self.setup}/{name}"])
+
     def finetune(self, name: str, model: Path | str, data: Path, **options: Any) -> Path:
         """Train a run and return its folder."""
         out = self.place(name)
@@ -94,10 +98,10 @@ class Bench:
         self.verb(name, "finetune", model, data, out=out, **{**given, **options})
         return out
 
-    def export(self, name: str, source: Path, **options: Any) -> Path:
-        """Export a run or a merged folder and return the bundle."""
+    def export(self, name: str, source: Path | str, **options: Any) -> Path:
+        """Export a run, a merged folder or a model and return the bundle, also one that has lost too much: that is measured."""
         out = self.place(name)
-        self.verb(name, "export", source, out=out, **options)
+        self.verb(name, "export", source, out=out, force=True, **options)
         return out
 
     def evaluate(self, name: str, target: Path | str, rows: Path, **options: Any) -> dict[str, Any]:

@@ -106,10 +106,10 @@ def float_run(bench: Bench, rows: Rows) -> Path:
     return bench.finetune("run-fp32", bench.model, rows.data, precision="fp32", base_bits=32)
 
 
-def ours(bench: Bench, rows: Rows) -> Record:
-    """Train on the grid of int4, export, and score the bundle."""
-    run = bench.finetune("run-int4", bench.model, rows.data, precision="int4")
-    return bundle_row(bench, "bundle-int4", bench.export("bundle-int4", run), rows)
+def ours(bench: Bench, rows: Rows, precision: str = "int4") -> Record:
+    """Train on the grid that ships, export, and score the bundle."""
+    run, name = bench.finetune(f"run-{precision}", bench.model, rows.data, precision=precision), f"bundle-{precision}"
+    return bundle_row(bench, name, bench.export(name, run), rows)
 
 
 def bundle_row(bench: Bench, name: str, bundle: Path, rows: Rows) -> Record:

@@ -59,5 +59,5 @@ def merged(bench: Bench, rows: e2e.Rows, adapter: Path, name: str, calibration: 
     """Merge an adapter of PEFT's into 4 bits, export it and score the bundle."""
     label = f"foreign-{adapter.name}-{name}"
     out = bench.place(label)
-    bench.verb(label, "merge", adapter=adapter, model=bench.model, calibrate=calibration, precision="int4", out=out)
+    bench.verb(label, "merge", adapter=adapter, model=bench.model, calibrate=calibration, precision="int4", force=True, out=out)
     return e2e.bundle_row(bench, f"{label}-bundle", bench.export(f"{label}-bundle", out), rows)
