@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from edgelora.models.head import Head
     from edgelora.models.predictor import Collate
     from edgelora.models.source import ModelSource
-    from edgelora.tasks.base import Example, Metrics, Row, Task
+    from edgelora.run.predictor import OnnxPredictor
+    from edgelora.tasks.base import Example, Metrics, Predictor, Row, Task
 
 REFERENCE = "reference.safetensors"  # in a run folder: what the fp32 adapter says of the held-out rows
 TABLE_ROWS = 64
@@ -45,16 +46,30 @@ class HeldOut:
     def collate(self) -> Collate:
         return functools.partial(self.task.collate, pad_token_id=self.tokenizer.pad_token_id or 0)
 
-    def score(
-        self, predictor: TorchPredictor | WatchedBundle, reference: Reference | None = None, *, generate: bool = False
-    ) -> tuple[Metrics, Reference | None]:
-        """Return the task's metrics, with agreement and KL to the reference if there is one; and of a torch model what it said,
-        as a reference for others."""
-        watched = predictor if isinstance(predictor, WatchedBundle) else Watched(predictor)
-        metrics = self.task.evaluate(watched, self.rows, self.examples, self.tokenizer, self.labels, generate=generate)
-        if reference is not None:
-            metrics |= watched.agreement(reference).figures()
-        return metrics, watched.reference() if isinstance(watched, Watched) else None
+    def score(self, predictor: TorchPredictor, reference: Reference | None = None, *, generate: bool = False) -> Scored:
+        """Score a torch model, and compare it with the reference if there is one."""
+        watched = Watched(predictor)
+        metrics = self.evaluate(watched, generate=generate)
+        said = watched.reference()
+        return Scored(metrics if reference is None else metrics | said.agreement(reference).figures(), said)
+
+    def score_bundle(self, predictor: OnnxPredictor, reference: Reference | None, *, generate: bool) -> Metrics:
+        """Score a bundle, and compare it with the reference if there is one."""
+        if reference is None:
+            return self.evaluate(predictor, generate=generate)
+        watched = WatchedBundle(predictor, reference)
+        return self.evaluate(watched, generate=generate) | watched.found.figures()
+
+    def evaluate(self, predictor: Predictor, *, generate: bool) -> Metrics:
+        return self.task.evaluate(predictor, self.rows, self.examples, self.tokenizer, self.labels, generate=generate)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The task's metrics, with `agreement` and `kl` where there was a reference; and what the model said, as one for others."""
+
+    metrics: Metrics
+    said: Reference
 
 
 def held_out(run: Path, manifest: Mapping[str, Any]) -> HeldOut | None:
@@ -76,7 +91,7 @@ class Closing:
 
     results: Results
     adapter: Metrics
-    reference: Reference | None
+    reference: Reference
 
 
 def closing(
@@ -94,21 +109,21 @@ def closing(
     memory.trim()  # training and scoring leave holes in the heap that the other has no use for
     if precision is not None:
         with inject.off_grid(model):
-            metrics, reference = held.score(plain)
-        exact = [line("fp32 adapter", metrics, **bits)]
+            unrounded = held.score(plain)
+        reference, exact = unrounded.said, [line("fp32 adapter", unrounded.metrics, **bits)]
         memory.trim()
-    adapter, said = held.score(trained, reference, generate=generate)
-    reference = reference or said
+    adapter = held.score(trained, reference, generate=generate)
+    reference = reference or adapter.said
     memory.trim()
     with inject.switched_off(model):
-        before, _ = held.score(plain, reference)
+        before = held.score(plain, reference).metrics
     memory.trim()
     majority = held.task.baseline(held.examples, held.labels)
     agreement = {name: before[name] for name in ("agreement", "kl") if name in before}
     results = [line("majority baseline", majority)] if majority else []
     results += [line("base", {**base, **agreement}, **bits), *exact]
-    results.append(line("adapter", adapter, **({"precision": precision} if precision else bits)))
-    return Closing(with_kept(results), adapter, reference)
+    results.append(line("adapter", adapter.metrics, **({"precision": precision} if precision else bits)))
+    return Closing(with_kept(results), adapter.metrics, reference)
 
 
 def add_merged(folder: Path, adapted: Adapted, manifest: Mapping[str, Any], run: Path) -> Results:
@@ -128,13 +143,13 @@ def add_merged(folder: Path, adapted: Adapted, manifest: Mapping[str, Any], run:
     if manifest["precision"] != "fp32":
         exact = merged_in_fp32(adapted, held)
         if exact is not None:
-            metrics, said = held.score(exact[0], reference)
-            reference = reference or said
-            results.append(line("merged fp32", metrics, **({} if exact[1] == 32 else {"base_bits": exact[1]})))
+            scored = held.score(exact[0], reference)
+            reference = reference or scored.said
+            results.append(line("merged fp32", scored.metrics, **({} if exact[1] == 32 else {"base_bits": exact[1]})))
             del exact
     model = load_model(open_model(str(folder)), held.task.name, base_bits=32, labels=held.labels)
-    metrics, _ = held.score(TorchPredictor(model, held.collate), reference)
-    results.append(line("merged", metrics, precision=manifest["precision"]))
+    scored = held.score(TorchPredictor(model, held.collate), reference)
+    results.append(line("merged", scored.metrics, precision=manifest["precision"]))
     del model
     gc.collect()  # modules refer to each other: their mapped files must be closed before the folder is renamed
     return with_kept(results)

@@ -62,7 +62,7 @@ def kept(results: Sequence[Mapping[str, Any]], row: Mapping[str, Any]) -> float 
     return (base - row["loss"]) / (base - adapter) if base - adapter >= LEAST_GAIN * base else None
 
 
-def refuse_lost_gain(results: Results, what: str, out: str, advice: Sequence[str], *, force: bool) -> None:
+def refuse_lost_gain(results: Results, what: str, advice: Sequence[str], *, force: bool) -> None:
     """Raise ModelError if the row `what` keeps less than LEAST_KEPT of the adapter's gain; only warn with `force`.
 
     Where there is no gain to speak of, that is said instead. advice: what would keep more, each with its command or flag.
@@ -87,7 +87,7 @@ def refuse_lost_gain(results: Results, what: str, out: str, advice: Sequence[str
         console.warn(message)
         return
     more = ["\n  what keeps more:", *(f"    {text}" for text in advice)] if advice else []
-    raise ModelError(message + "\n".join(more), hint=f"one of these, or --force to write {out} all the same")
+    raise ModelError(message + "\n".join(more), hint="do one of these, or ship it all the same with --force")
 
 
 NAMES = {"merged": "merged and rounded", "onnx": "of the bundle in ONNX Runtime"}

@@ -41,6 +41,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "scales_plan",
         "rounding_search",
         "sensitivity",
+        "levels",
         "export",
         "run",
         "evaluate",

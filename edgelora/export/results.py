@@ -1,43 +1,55 @@
-"""The last two rows of a run's table: the merged weights in torch, and the bundle, on the rows that scored the adapter."""
+"""The last row of the table: the bundle in ONNX Runtime, on the held-out rows of the run that it comes from."""
 
 from __future__ import annotations
 
-import functools
+from pathlib import Path
 from typing import Any
 
-from edgelora.data.prepare import Prepared
+from edgelora import console, held_out
+from edgelora.errors import EdgeLoRAError
 from edgelora.export.work import Work
-from edgelora.models.predictor import TorchPredictor
+from edgelora.folder import MANIFEST, read_manifest
+from edgelora.models.agreement import Reference
+from edgelora.models.source import open_model
+from edgelora.report import gain, line, refuse_lost_gain, what_keeps_more, with_kept
 from edgelora.run.model import load
 from edgelora.run.predictor import OnnxPredictor
-from edgelora.tasks import get_task
-from edgelora.tasks.base import Predictor
-from edgelora.train.finetune import sample
-
-TABLE_ROWS = 64
+from edgelora.shipped import rounded_with_rows
+from edgelora.tasks.base import Task
 
 
-def add_results(work: Work) -> None:
-    """Score a run's validation rows and add "merged" and "onnx" to the manifest's results; nothing without a run.
+def add_results(work: Work, *, force: bool) -> None:
+    """Score the bundle and add "onnx" to the manifest's results; a bundle that comes from no run has none.
 
-    Only the bundle generates answers, which takes torch a minute more: `verify` has shown that both are one model.
+    Raises ModelError where too little of the adapter's gain is left, unless `force` is given. Only the bundle generates
+    answers, which takes torch a minute more: `verify` has shown that both are one model.
     """
-    if work.run is None:
+    run, results = work.run, [row for row in work.manifest["results"] if row.get("what") != "onnx"]
+    if run is None or gain(results) is None:
         return
-    checkpoint, results = work.checkpoint, work.manifest["results"]
-    task = get_task(checkpoint.task)
-    prepared = Prepared.open(work.run / "data")
-    limit = min(int(checkpoint.manifest.get("settings", {}).get("valid_rows") or TABLE_ROWS), TABLE_ROWS)
-    examples, rows = sample(prepared.store("valid"), prepared.texts("valid"), limit)
-    collate = functools.partial(task.collate, pad_token_id=work.tokenizer.pad_token_id or 0)
-    predictors: dict[str, Predictor] = {
-        "merged": TorchPredictor(work.network, collate),
-        "onnx": OnnxPredictor(load(work.staging)),
-    }
-    generated = any("exact_match" in row for row in results)
-    found: list[dict[str, Any]] = []
-    for what, predictor in predictors.items():
-        generate = generated and what == "onnx"
-        metrics = task.evaluate(predictor, rows, examples, work.tokenizer, checkpoint.labels, generate=generate)
-        found.append({"what": what, **metrics})
-    work.manifest["results"] = [row for row in results if row.get("what") not in predictors] + found
+    if not (run / MANIFEST).is_file():
+        console.say(f"{run} is gone, and its held-out rows with it: the bundle is not scored")
+        return
+    manifest = read_manifest(run, "run")
+    held = held_out.held_out(run, manifest)
+    if held is None:
+        return
+    predictor, reference = OnnxPredictor(load(work.staging)), reference_of(work, run, held.task)
+    generate = any("exact_match" in row for row in results)
+    metrics = held.score_bundle(predictor, reference, generate=generate)
+    results = with_kept([*results, line("onnx", metrics, precision=work.precision)])
+    work.manifest["results"] = results
+    merged = work.checkpoint.manifest
+    advice = what_keeps_more(work.precision, manifest.get("grid") or {}, calibrated=rounded_with_rows(merged))
+    refuse_lost_gain(results, "onnx", advice, force=force)
+
+
+def reference_of(work: Work, run: Path, task: Task) -> Reference | None:
+    """Return what the fp32 adapter says of the rows; None, and a word about it, where its base model is not there any more."""
+    model: dict[str, Any] = work.checkpoint.manifest["model"]
+    try:
+        source = open_model(str(model["reference"]))
+    except EdgeLoRAError:
+        console.say(f"{model['reference']} is gone: the bundle is not compared with the unrounded adapter")
+        return None
+    return held_out.load_reference(run, source, task)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ from edgelora.errors import ModelError
 from edgelora.export.graph import Array
 from edgelora.export.linear import Weights
 from edgelora.export.reference import decoder_logits, rounded_activations
+from edgelora.folder import MANIFEST, read_manifest
+from edgelora.quant.digest import different, digest_arrays, shortened
 from edgelora.quant.grid import QuantizedTensor
 
 if TYPE_CHECKING:
@@ -98,14 +100,24 @@ def check(work: Work, *, force: bool) -> dict[str, Any]:
 
     Raises ModelError if codes or scales differ, always, and unless `force` is given if the results do.
     """
-    compared = check_codes(work.model_path, work.nodes, work.checkpoint)
-    result = {"layers_bit_identical": compared, **compare(work)}
+    merged, trained = work.checkpoint.manifest, trained_digests(work)
+    compared = check_codes(work.model_path, work.nodes, work.checkpoint, {**merged.get("digests", {}), **trained})
+    result = {"layers_bit_identical": compared, "layers_as_trained": len(trained), **compare(work)}
     if result["problems"]:
         message = "\n  ".join(["ONNX Runtime does not compute what the merged weights say:", *result["problems"]])
         if not force:
             raise ModelError(message, hint="please report this model to EdgeLoRA")
         console.warn(message)
     return result
+
+
+def trained_digests(work: Work) -> dict[str, str]:
+    """Return the digests of the layers that ship as they were trained: the run's own, while it is there, else the merge's."""
+    merged = work.checkpoint.manifest
+    own: dict[str, str] = merged.get("digests", {})
+    if work.run is not None and (work.run / MANIFEST).is_file():
+        own = (read_manifest(work.run, "run").get("grid") or {}).get("digests", own)
+    return {path: own[path] for path in merged.get("as_trained", ()) if path in own}
 
 
 def compare(work: Work) -> dict[str, Any]:
@@ -177,25 +189,75 @@ def verify_encoder(classifier: Classifier, model: Encoder, *, quantized: bool) -
     return Comparison(classifier.logits(examples), exact, int8).report()
 
 
-def check_codes(model_path: Path, nodes: Mapping[str, Mapping[str, Any]], weights: Weights) -> int:
-    """Compare every row of codes and scales in the file with the merged folder's, bit for bit; return the layers compared.
+def check_codes(
+    model_path: Path, nodes: Mapping[str, Mapping[str, Any]], weights: Weights, wanted: Mapping[str, str] | None = None
+) -> int:
+    """Compare the codes and scales of every layer in the file with the merged folder's, bit for bit; return their number.
 
+    wanted: digests that they must have too: of the last training step, or from when they were merged (quant/digest.py).
     Raises ModelError naming each layer that differs.
     """
-    import onnx_ir as ir
-
-    found = {node.name: node for node in ir.load(model_path).graph}
     problems, compared = [], 0
-    for name, facts in nodes.items():
-        values = [found[name].inputs[index] for index in (1, 2)]
-        codes, scales = (value.const_value.numpy() for value in values if value is not None and value.const_value is not None)
-        for path, (start, stop) in facts["rows"].items():
-            weight = weights.read_linear(path)
-            assert isinstance(weight, QuantizedTensor)
-            same = np.array_equal(codes[start:stop], weight.codes.numpy())
-            if not same or not np.array_equal(scales[start:stop], weight.scales.numpy()):
-                problems.append(f"{path}: the {'scales' if same else 'codes'} in {model_path.name} are not the merged folder's")
-            compared += 1
+    digests: dict[str, str] = {}
+    for path, found in stored_layers(model_path, nodes, weights).items():
+        weight = weights.read_linear(path)
+        assert isinstance(weight, QuantizedTensor)
+        same = np.array_equal(found.codes, weight.codes.numpy())
+        if not same or not np.array_equal(found.scales, weight.scales.numpy()):
+            problems.append(f"{path}: the {'scales' if same else 'codes'} in {model_path.name} are not the merged folder's")
+        digests[path] = digest_arrays(found.codes, found.scales, found.bits, found.block_size, found.num_inputs)
+        compared += 1
+    changed = shortened([path for path in different(digests, wanted or {}) if not any(path in text for text in problems)])
+    problems += [f"{path}: the codes or scales are not those that were trained or merged" for path in changed]
     if problems:
         raise ModelError("\n  ".join(["the exported graph does not hold what was merged:", *problems]))
     return compared
+
+
+class Stored(NamedTuple):
+    """A layer as the file has it; how its codes are read comes from the node that reads them."""
+
+    codes: Array
+    scales: Array
+    bits: int
+    block_size: int
+    num_inputs: int
+
+
+def stored_layers(model_path: Path, nodes: Mapping[str, Mapping[str, Any]], weights: Weights) -> dict[str, Stored]:
+    """Return the layers in the file: the rows of each MatMulNBits, and the tables that are only gathered from.
+
+    Raises ModelError naming the layers of the merged folder that are not there.
+    """
+    import onnx_ir as ir
+
+    graph = ir.load(model_path).graph
+    by_name, layers = {node.name: node for node in graph}, {}
+    for name, facts in nodes.items():
+        node = by_name[name]
+        values = [node.inputs[index] for index in (1, 2)]
+        codes, scales = (value.const_value.numpy() for value in values if value is not None and value.const_value is not None)
+        bits, block_size, inputs = (node.attributes[key].as_int() for key in ("bits", "block_size", "K"))
+        for path, (start, stop) in facts["rows"].items():
+            layers[path] = Stored(codes[start:stop], scales[start:stop], bits, block_size, inputs)
+    missing = []
+    for path in layer_facts(weights):
+        parts = [graph.initializers.get(f"{path}.{part}") for part in ("codes", "scales")]
+        if path in layers:
+            continue
+        if any(part is None or part.const_value is None for part in parts):
+            missing.append(path)
+            continue
+        weight = weights.read_linear(path)
+        assert isinstance(weight, QuantizedTensor)
+        codes, scales = (part.const_value.numpy() for part in parts if part is not None and part.const_value is not None)
+        layers[path] = Stored(codes, scales, weight.bits, weight.block_size, weight.num_inputs)
+    if missing:
+        raise ModelError("\n  ".join(["the exported graph lacks layers of the merged folder:", *shortened(missing)]))
+    return layers
+
+
+def layer_facts(weights: Weights) -> Mapping[str, Any]:
+    """Return the layers on the grid that a checkpoint lists; other sources of weights list none."""
+    found: Mapping[str, Any] = getattr(weights, "layers", {})
+    return found

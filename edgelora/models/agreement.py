@@ -66,6 +66,16 @@ class Reference:
         """Return the logits of positions of one example."""
         return tiles(self.said[number][start:stop], self.head)
 
+    @torch.no_grad()
+    def agreement(self, reference: Reference) -> Agreement:
+        """Compare what another model says of the same examples with the reference."""
+        theirs, ours = torch.cat(reference.said), torch.cat(self.said)
+        found = Agreement()
+        for start in range(0, len(ours), AT_ONCE):
+            part = slice(start, start + AT_ONCE)
+            found.add(tiles(theirs[part], reference.head), tiles(ours[part], self.head))
+        return found
+
     def save(self, path: Path) -> None:
         from safetensors.torch import save_file
 
@@ -77,7 +87,7 @@ class Reference:
         from safetensors.torch import load_file
 
         tensors = load_file(path)
-        return cls(list(tensors["said"].split(tensors["counts"].tolist())), head)
+        return cls(list(torch.split(tensors["said"], tensors["counts"].tolist())), head)
 
 
 class Watched:
@@ -102,23 +112,13 @@ class Watched:
 
     def logits(self, examples: Sequence[Example]) -> NDArray[np.float32]:
         found = self.predictor.logits(examples)
-        self.said = dict(enumerate(torch.from_numpy(found).split(1)))
+        self.said = dict(enumerate(torch.split(torch.from_numpy(found), 1)))
         self.head = None
         return found
 
     def reference(self) -> Reference:
         """Return what others will be compared with; call it after `losses` or `logits`."""
         return Reference([self.said[number] for number in range(len(self.said))], self.head)
-
-    @torch.no_grad()
-    def agreement(self, reference: Reference) -> Agreement:
-        said = self.reference()
-        theirs, ours = torch.cat(reference.said), torch.cat(said.said)
-        found = Agreement()
-        for start in range(0, len(ours), AT_ONCE):
-            part = slice(start, start + AT_ONCE)
-            found.add(tiles(theirs[part], reference.head), tiles(ours[part], said.head))
-        return found
 
 
 class WatchedBundle:
@@ -139,7 +139,7 @@ class WatchedBundle:
             stop = min(seen[number], len(self.reference.said[number]))
             if start < stop:
                 ours = torch.from_numpy(logits[: stop - start])
-                self.found.add(self.reference.tiles(number, start, stop), ours.split(TILE_ROWS, 1))
+                self.found.add(self.reference.tiles(number, start, stop), torch.split(ours, TILE_ROWS, 1))
 
         self.predictor.watch = watch
         try:
@@ -151,10 +151,6 @@ class WatchedBundle:
         found = self.predictor.logits(examples)
         self.found.add([torch.cat(self.reference.said)], [torch.from_numpy(found)])
         return found
-
-    def agreement(self, reference: Reference) -> Agreement:
-        assert reference is self.reference
-        return self.found
 
 
 def tiles(said: Tensor, head: Head | None) -> Iterator[Tensor]:
