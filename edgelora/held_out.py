@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from edgelora import console, memory
 from edgelora.adapters import inject
 from edgelora.data.prepare import Prepared
+from edgelora.folder import read_manifest
 from edgelora.models.agreement import Reference, Watched, WatchedBundle
 from edgelora.models.predictor import TorchPredictor
 from edgelora.report import Results, gain, line, with_kept
@@ -119,7 +120,7 @@ def closing(
         before = held.score(plain, reference).metrics
     memory.trim()
     majority = held.task.baseline(held.examples, held.labels)
-    agreement = {name: before[name] for name in ("agreement", "kl") if name in before}
+    agreement: Metrics = {name: value for name, value in before.items() if name in ("agreement", "kl")}
     results = [line("majority baseline", majority)] if majority else []
     results += [line("base", {**base, **agreement}, **bits), *exact]
     results.append(line("adapter", adapter.metrics, **({"precision": precision} if precision else bits)))
@@ -131,28 +132,49 @@ def add_merged(folder: Path, adapted: Adapted, manifest: Mapping[str, Any], run:
 
     manifest: the merged folder's. A run without held-out rows keeps its table as it is.
     """
-    from edgelora.folder import read_manifest
-    from edgelora.models.load import load_model
-    from edgelora.models.source import open_model
-
     results = [row for row in manifest.get("results") or [] if row.get("what") not in ("merged fp32", "merged", "onnx")]
     held = held_out(run, read_manifest(run, "run"))
     if held is None or gain(results) is None:
         return results
     reference = load_reference(run, adapted.source, held.task)
-    if manifest["precision"] != "fp32":
-        exact = merged_in_fp32(adapted, held)
-        if exact is not None:
-            scored = held.score(exact[0], reference)
-            reference = reference or scored.said
-            results.append(line("merged fp32", scored.metrics, **({} if exact[1] == 32 else {"base_bits": exact[1]})))
-            del exact
+    return with_kept(results + merged_rows(folder, adapted, manifest, held, reference))
+
+
+def foreign_rows(folder: Path, adapted: Adapted, manifest: Mapping[str, Any], held: HeldOut) -> Results:
+    """Return the table of an adapter that was trained elsewhere, or of a model alone: base and merged weights."""
+    from edgelora.models.load import load_model
+
+    bits, results = affordable_bits(adapted.source), []
+    reference: Reference | None = None
+    if bits is not None and not held.labels:  # a classifier's base has no head for these labels
+        model = load_model(adapted.source, held.task.name, base_bits=bits, labels=held.labels)
+        scored = held.score(TorchPredictor(model, held.collate))
+        results.append(line("base", scored.metrics, **({} if bits == 32 else {"base_bits": bits})))
+        reference = scored.said if adapted.adapter is None else None
+        del model
+    return with_kept(results + merged_rows(folder, adapted, manifest, held, reference))
+
+
+def merged_rows(
+    folder: Path, adapted: Adapted, manifest: Mapping[str, Any], held: HeldOut, reference: Reference | None
+) -> Results:
+    """Return "merged fp32", unless it is what the base is or what ships, and "merged"; without a reference the former is it."""
+    from edgelora.models.load import load_model
+    from edgelora.models.source import open_model
+
+    results = []
+    exact = merged_in_fp32(adapted, held) if manifest["precision"] != "fp32" and adapted.adapter is not None else None
+    if exact is not None:
+        scored = held.score(exact[0], reference)
+        reference = reference or scored.said
+        results.append(line("merged fp32", scored.metrics, **({} if exact[1] == 32 else {"base_bits": exact[1]})))
+        del exact
     model = load_model(open_model(str(folder)), held.task.name, base_bits=32, labels=held.labels)
     scored = held.score(TorchPredictor(model, held.collate), reference)
     results.append(line("merged", scored.metrics, precision=manifest["precision"]))
     del model
     gc.collect()  # modules refer to each other: their mapped files must be closed before the folder is renamed
-    return with_kept(results)
+    return results
 
 
 def merged_in_fp32(adapted: Adapted, held: HeldOut) -> tuple[TorchPredictor, int] | None:

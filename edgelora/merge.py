@@ -86,7 +86,7 @@ def merge(
             facts = {"task": inputs.task, "labels": inputs.labels, "model": base, "precision": precision, **inputs.facts}
             facts |= {"rounding": plan.facts, "accuracy_levels": plan.accuracy_levels}
             write_manifest(staging, "merged", layers=layers, **facts)
-            facts |= conclude(staging, inputs, force=force)
+            facts |= conclude(staging, inputs, plan.rows, force=force)
             write_manifest(staging, "merged", layers=layers, **facts)
             size_mb = sum(path.stat().st_size for path in staging.iterdir()) / 2**20
     return {

@@ -48,8 +48,11 @@ def row_of(results: Sequence[Mapping[str, Any]], *names: str) -> Mapping[str, An
 
 
 def gain(results: Sequence[Mapping[str, Any]]) -> tuple[float, float] | None:
-    """Return the losses of the base and of the fp32 adapter; None where the table does not have both."""
-    base, adapter = row_of(results, "base"), row_of(results, "fp32 adapter", "adapter")
+    """Return the losses of the base and of the fp32 adapter; None where the table does not have both.
+
+    Of an adapter that was trained elsewhere, the merged weights before rounding are the fp32 adapter.
+    """
+    base, adapter = row_of(results, "base"), row_of(results, "fp32 adapter", "adapter", "merged fp32")
     return None if base is None or adapter is None else (base["loss"], adapter["loss"])
 
 

@@ -14,11 +14,12 @@ from edgelora.quant.grid import QuantizedTensor
 from edgelora.report import refuse_lost_gain, what_keeps_more
 
 if TYPE_CHECKING:
+    from edgelora.calibration import Calibration
     from edgelora.merge import Inputs
 
 
-def conclude(folder: Path, inputs: Inputs, *, force: bool) -> dict[str, Any]:
-    """Return what the manifest of the new merged `folder` adds.
+def conclude(folder: Path, inputs: Inputs, rows: Calibration | None, *, force: bool) -> dict[str, Any]:
+    """Return what the manifest of the new merged `folder` adds. rows: what it was rounded with, where it comes from no run.
 
     digests: {path: sha256} of every layer on the grid; as_trained: those of them that the last forward pass of the run computed
     with; results: the run's table with the merged weights; run: its folder, for `export`.
@@ -28,13 +29,18 @@ def conclude(folder: Path, inputs: Inputs, *, force: bool) -> dict[str, Any]:
     found = digests(MergedCheckpoint.open(folder))
     facts: dict[str, Any] = {"digests": found}
     run, grid = inputs.folder, inputs.grid
+    advice = what_keeps_more(manifest["precision"], grid, calibrated=rounded_with_rows(manifest))
     if not is_ours(run) or read_manifest(run, "run", "merged", "bundle")["kind"] != "run":
-        return facts
+        if rows is None or not rows.held_out:
+            return facts
+        held = held_out.HeldOut(rows.task, rows.labels, rows.tokenizer, rows.rows, rows.held_out)
+        results = held_out.foreign_rows(folder, inputs.adapted, manifest, held)
+        refuse_lost_gain(results, "merged", advice, force=force)
+        return {**facts, "results": results}
     trained = trained_digests(grid, manifest)
     refuse_different(found, trained)
     facts |= {"as_trained": sorted(trained), "run": str(run.resolve())}
     results = held_out.add_merged(folder, inputs.adapted, manifest, run)
-    advice = what_keeps_more(manifest["precision"], grid, calibrated=rounded_with_rows(manifest))
     refuse_lost_gain(results, "merged", advice, force=force)
     return {**facts, "results": results}
 
