@@ -86,9 +86,18 @@ AGREEMENT = {"rel": 1e-4}
 # Mean loss of held-out rows by the benchmark of merging (fp32 logits, fp64 sums) against transformers (pytest.approx).
 SCORED_LOSS = {"rel": 1e-5}
 
-# PiSSA's randomized start (16 rounds of power iteration where singular values halve) against the exact principal part: PEFT does
-# not store what it drew.
+# PiSSA's randomized start (16 rounds of power iteration where singular values halve) against the exact principal part: PEFT
+# does not store what it drew.
 REDRAWN_PISSA = {"rtol": 1e-3, "atol": 1e-4}
 
 # A weight without its principal part: PEFT decomposes it in fp32, here the vectors come from fp64.
 PART_OF_WEIGHT = {"rtol": 1e-4, "atol": 1e-5}
+
+# A product with bf16 operands beside the exact product of the rounded operands: its result is rounded to 8 bits, 2^-9 of it,
+# and once more where the sum lies near a rounding boundary.
+BF16_OUTPUT = 2**-8
+# One layer's gradients with bf16 operands beside fp32: three roundings of 2^-9 at most add up to 3e-3 or so.
+BF16_PRODUCT = 1e-2
+
+# A combination of adapters against PEFT's, which decomposes the sum and multiplies it again, or against sums by hand in fp32.
+COMBINED_WEIGHT = {"rtol": 1e-4, "atol": 2e-6}

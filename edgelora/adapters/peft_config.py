@@ -51,7 +51,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Return adapter_config.json. Raises FolderError for what is missing, damaged, or cannot be followed."""
     path = inside_or_cached(folder, CONFIG)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config: Any = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise FolderError(f"{folder} is not an adapter folder: it has no {CONFIG}", hint=named_adapters(folder)) from None
     except (ValueError, RecursionError) as error:
@@ -72,7 +72,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if problems:
         raise FolderError("\n  ".join([f"{folder / CONFIG} is damaged:", *problems]))
     refuse_lost_start(folder, config)
-    return config
+    return dict(config)
 
 
 def inside_or_cached(folder: Path, name: str) -> Path:
