@@ -94,7 +94,8 @@ def onnx_logits(path: Path, threads: int) -> Logits:
             if name in given:
                 yield name, given[name]
             elif name.startswith("past_key_values"):
-                yield name, np.zeros((1, value.shape[1], 0, value.shape[3]), FLOATS[value.type])
+                heads, size = cache_shape(path, value.shape)
+                yield name, np.zeros((1, heads, 0, size), FLOATS[value.type])
             elif name not in SELECTORS:
                 raise SystemExit(f"error: {path} has an input that is not known here: {name}")
 
@@ -103,6 +104,15 @@ def onnx_logits(path: Path, threads: int) -> Logits:
         return found
 
     return logits
+
+
+def cache_shape(path: Path, shape: list[int | str]) -> tuple[int, int]:
+    """Return heads and size of a cache's input [batch, heads, past, size]; onnxruntime-genai names them in its config alone."""
+    heads, size = shape[1], shape[3]
+    if isinstance(heads, int) and isinstance(size, int):
+        return heads, size
+    decoder = json.loads((path.parent / "genai_config.json").read_text(encoding="utf-8"))["model"]["decoder"]
+    return int(decoder["num_key_value_heads"]), int(decoder["head_size"])
 
 
 KINDS: dict[str, Callable[[Path, int], Logits]] = {"torch": torch_logits, "onnx": onnx_logits}
