@@ -55,9 +55,9 @@ def test_the_peer_learns_as_we_do(bench: runs.Bench, decoder_model: Path, e2e: P
 
     bench.work.mkdir()
     data = rows.natural(rows.read_pairs(e2e), bench.work)
-    ask = runs.Ours("curve", decoder_model, data, 4, options={"base-bits": 32})
+    ask = runs.Ours("curve", decoder_model, data, 4, compute="fp32", options={"base-bits": 32})
     ask.arguments(bench)  # writes the settings that every run of ours has
-    settings = load_toml(bench.work / "settings.toml", FinetuneConfig(base_bits=32, precision="fp32", learning_rate=1e-2))
+    settings = load_toml(bench.work / "settings-fp32.toml", FinetuneConfig(base_bits=32, precision="fp32", learning_rate=1e-2))
     for name, steps in (("first", 1), ("curve", 4)):
         config = replace(settings, {"max_steps": steps, "batch_size": 8, "valid_rows": 2, "threads": 1}, where="test")
         finetune(str(decoder_model), str(data), bench.run_folder(name), config)

@@ -194,11 +194,11 @@ def test_what_training_costs_is_condensed(tmp_path: Path) -> None:
     planned = [predictions.row_of("x", {**step, "predicted": {"peak_mb": mb, "seconds": 2.5}}) for mb in (100.0, 94.0)]
     work = {"operations": 3e11, "operations_without_down": 2.4e11, "work": {"recomputed": 0.5}}
     rates = [{"gflops": 200.0, "best_gflops": 300.0}] * 2
-    curve_row = {"what": "smollm2, 40 steps", **curve.compare([2.0, 1.005], [2.0, 1.0])}
+    curves = [{"what": f"smollm2, 40 steps{how}", **curve.compare([2.0, 1.005], [2.0, 1.0])} for how in ("", ", bf16 operands")]
     limit = {"what": "qwen-0.5b in 700 MB", "outcome": "done", "cgroup MB": 700, "s/step inside": 2.504, "s/step free": 1.0}
     first = results_file(tmp_path / "a.json", {
         "speed/smollm2": speed.summary(runs),
-        "curve/smollm2": curve_row,
+        "curve/smollm2": curves,
         "plan/smollm2": [*planned, predictions.row_of("y", {"outcome": "refused", "message": "too little"})],
         "plan/worst": {"settings": 3},
         "rate/smollm2": [rate.row_of("int4, --ram 572MB", {**step, **work, "rates": rates})],
@@ -226,7 +226,9 @@ def test_what_training_costs_is_condensed(tmp_path: Path) -> None:
     assert readme_training.GRID_BITS == on_grid.LEAST_BASE_BITS
     assert [(row["outcome"], row["s/step inside"]) for row in limits_rows] == [("done", 2.5), ("killed", "–")]
     assert (rates_rows[0]["share, %"], rates_rows[0]["without recomputed down projections, %"]) == (75, 60)
-    assert losses[0]["largest relative difference, %"] == 0.5
+    assert [(row["products"], row["steps"], row["largest relative difference, %"]) for row in losses] == [
+        ("fp32", 40, 0.5), ("bf16 operands", 40, 0.5),
+    ]  # fmt: skip
     assert tried[0] == {"tried": 2, "refused": 1, "also ended in a cgroup of that size": 1, "above `--ram`, or killed": 0}
     assert list(plan[0].values()) == ["SmolLM2-135M", 2, 1, -5.0, 3.0, 20.0, 20.0]
 

@@ -111,12 +111,12 @@ def speed(part: list[Row]) -> list[Row]:
     """Both sides on the same rows in the same order; the peer's own random order is not shown."""
     table = []
     for row in part:
-        ours = re.fullmatch(r"EdgeLoRA (\w+), (.+)", row["what"])
+        ours = re.fullmatch(r"EdgeLoRA (\w+)(, fp32 products)?, (.+)", row["what"])
         if not ours and row["what"] not in PEERS:
             continue
         bits = row["bits"]
         table.append({
-            "run": f"EdgeLoRA, {trained_for(ours[1], bits)}, {SHARES[ours[2]]}" if ours else PEERS[row["what"]],
+            "run": f"EdgeLoRA, {trained_for(ours[1], bits)}{ours[2] or ''}, {SHARES[ours[3]]}" if ours else PEERS[row["what"]],
             "`--ram`, MB": row.get("--ram"),
             "base bits": bits,
             "outcome": row["outcome"],
@@ -146,9 +146,9 @@ def cgroup(part: list[Row]) -> list[Row]:
 def rate(part: list[Row]) -> list[Row]:
     table = []
     for row in part:
-        precision, _, limit = row["what"].partition(", ")
+        precision, _, how = row["what"].partition(", ")
         table.append({
-            "run": f"EdgeLoRA, {trained_for(precision)}, {limit}",
+            "run": f"EdgeLoRA, {trained_for(precision)}, {how}",
             "outcome": row["outcome"],
             "s/step": number(row.get("s/step"), 2),
             "GFLOP/s in steps": number(row.get("GFLOP/s in steps")),
@@ -163,14 +163,14 @@ def percent(share: float | None) -> float | None:
     return None if share is None else 100 * share
 
 
-def curve(part: Row) -> list[Row]:
-    steps = part["what"].rpartition(", ")[2].removesuffix(" steps")
+def curve(part: list[Row]) -> list[Row]:
     return [{
-        "steps": int(steps),
-        "largest relative difference, %": number(part["largest difference, %"], 3),
-        "last loss": number(part["last loss"], 4),
-        "PEFT's last loss": number(part["PEFT's last"], 4),
-    }]  # fmt: skip
+        "products": "bf16 operands" if row["what"].endswith("bf16 operands") else "fp32",
+        "steps": int(row["what"].split(" steps")[0].rpartition(", ")[2]),
+        "largest relative difference, %": number(row["largest difference, %"], 3),
+        "last loss": number(row["last loss"], 4),
+        "PEFT's last loss": number(row["PEFT's last"], 4),
+    } for row in part]  # fmt: skip
 
 
 def budgets(part: list[Row]) -> list[Row]:

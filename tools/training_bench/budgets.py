@@ -50,7 +50,9 @@ def measure(bench: Bench, results: Results, count: int = COUNT) -> list[Record]:
 
 
 def one(bench: Bench, results: Results, folder: Path, data: Path, number: int, drawn: dict[str, Any], inside: bool) -> Record:
-    ask = Ours("budget", folder, data, STEPS, drawn["batch_size"], drawn["ram_mb"], drawn["precision"], {"valid-rows": 4})
+    ask = Ours(
+        "budget", folder, data, STEPS, drawn["batch_size"], drawn["ram_mb"], drawn["precision"], options={"valid-rows": 4}
+    )
     key = f"budgets/{bench.model}/{number}-{drawn['ram_mb']}"
     free = results.run(f"{key}/free", lambda: finetune(bench, ask))
     row = {

@@ -1,7 +1,8 @@
 """`curve`: the loss of every step on both sides, from the same weights, the same A, on the same token ids.
 
 Base bits 32, precision fp32, a constant learning rate, no weight decay, no clipping. The initial A is that of a run of one
-step: B is zero there, so that A has no gradient, and AdamW leaves it as it was.
+step: B is zero there, so that A has no gradient, and AdamW leaves it as it was. Ours runs twice: with products in fp32, as the
+peer's are, and with bf16 operands, which `finetune` takes where the machine is faster with them.
 """
 
 from __future__ import annotations
@@ -19,31 +20,38 @@ TOLERANCE = 0.01
 
 
 def measure(bench: Bench, results: Results, steps: int) -> list[Record]:
-    """Compare the curves of one model; return the table's row."""
+    """Compare the curves of one model; return the table's rows."""
     folder = models.folder_of(bench.model, bench.work)
     data = rows.natural(rows.read_pairs(bench.data), bench.work)
     key = f"curve/{bench.model}/{steps}"
 
-    def ask(name: str, count: int) -> Ours:
-        return Ours(name, folder, data, count, BATCH_SIZE, precision="fp32", options={"base-bits": 32})
+    def ask(name: str, count: int, compute: str = "fp32") -> Ours:
+        options = {"base-bits": 32}
+        return Ours(name, folder, data, count, BATCH_SIZE, precision="fp32", compute=compute, options=options)
 
     first, run = ask("curve-first", 1), bench.run_folder("curve")
     initial = bench.run_folder("curve-first") / "adapter_model.safetensors"
     begun = results.run(f"{key}/first", lambda: finetune(bench, first))
     ours = results.run(f"{key}/edgelora", lambda: finetune(bench, ask("curve", steps)))
-    if begun["outcome"] != "done" or ours["outcome"] != "done":
-        console.warn(f"curve: a run of ours {ours['outcome']}: {ours['message'] or begun['message']}")
-        return []
+    rounded = results.run(f"{key}/edgelora-bf16", lambda: finetune(bench, ask("curve-bf16", steps, "bf16")))
+    for record in (begun, ours, rounded):
+        if record["outcome"] != "done":
+            console.warn(f"curve: a run of ours {record['outcome']}: {record['message']}")
+            return []
     restore(bench, [(initial, first), (run / "log.jsonl", ask("curve", steps))])
     file = rows.write_steps(bench.work / "rows" / f"{bench.model}-curve.jsonl", run, rows.step_rows(run))
     theirs = results.run(f"{key}/peft", lambda: peer(bench, folder, file, steps, init=initial, weight_decay=0.0))
     if theirs["outcome"] != "done":
         console.warn(f"curve: the peer {theirs['outcome']}: {theirs['message']}")
         return []
-    row = {"what": f"{bench.model}, {steps} steps", **compare(ours["losses"], theirs["losses"])}
-    results.part(f"curve/{bench.model}", row)
-    console.table(f"Loss curves on the same rows, the same A; allowed is {TOLERANCE:.0%}", [row])
-    return [row]
+    name = f"{bench.model}, {steps} steps"
+    table = [
+        {"what": name, **compare(ours["losses"], theirs["losses"])},
+        {"what": f"{name}, bf16 operands", **compare(rounded["losses"], theirs["losses"])},
+    ]
+    results.part(f"curve/{bench.model}", table)
+    console.table(f"Loss curves on the same rows, the same A; allowed is {TOLERANCE:.0%}", table)
+    return table
 
 
 def restore(bench: Bench, wanted: list[tuple[Path, Ours]]) -> None:

@@ -54,7 +54,8 @@ class Work:
 
 
 def measure(bench: Bench, results: Results, budgets: list[int | None]) -> list[Record]:
-    """Measure one model under each budget in MB; return the table's rows.
+    """Measure one model under each budget in MB; return the table's rows. The rate is that of fp32 products, also where ours
+    take bf16 operands.
 
     "share without" does not count the recomputed down projections, whose output backward has no need of.
     """
@@ -62,11 +63,12 @@ def measure(bench: Bench, results: Results, budgets: list[int | None]) -> list[R
     data = rows.natural(rows.read_pairs(bench.data), bench.work)
     table = []
     for budget in budgets:
-        for precision in ("fp32", "int4"):
-            ask = Ours("rate", folder, data, bench.steps + 1, BATCH_SIZE, budget, precision)
-            name = f"rate/{bench.model}/{bench.steps}/{precision}/{budget}"
+        for precision, compute in (("fp32", "fp32"), ("fp32", None), ("int4", None)):
+            ask = Ours("rate", folder, data, bench.steps + 1, BATCH_SIZE, budget, precision, compute)
+            name = f"rate/{bench.model}/{bench.steps}/{precision}/{compute}/{budget}"
             record = results.run(name, lambda ask=ask: beside(bench, ask))  # type: ignore[misc]
-            table.append(row_of(f"{precision}, " + (f"--ram {budget}MB" if budget else "no limit"), record))
+            what = [precision, *(["fp32 products"] if compute else []), f"--ram {budget}MB" if budget else "no limit"]
+            table.append(row_of(", ".join(what), record))
     results.part(f"rate/{bench.model}", table)
     console.table(f"{bench.model}: share of the fp32 matrix rate on its own shapes, batch {BATCH_SIZE}", table)
     return table

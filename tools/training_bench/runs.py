@@ -50,12 +50,13 @@ class Ours:
     batch_size: int = 8
     ram_mb: int | None = None
     precision: str = "int4"
+    compute: str | None = None  # operands of the products; None is what the machine's rates decide
     options: dict[str, Any] = field(default_factory=dict)
 
     def arguments(self, bench: Bench) -> list[str]:
         """Return what `finetune` and `plan` have in common: MODEL, DATA and the settings."""
-        settings = bench.work / "settings.toml"
-        settings.write_text(SETTINGS, encoding="utf-8")
+        settings = bench.work / f"settings-{self.compute or 'free'}.toml"
+        settings.write_text(SETTINGS + (f"compute = '{self.compute}'\n" if self.compute else ""), encoding="utf-8")
         given: dict[str, Any] = {
             "config": settings, "epochs": 1000, "max-steps": self.steps, "batch-size": self.batch_size, "rank": 8,
             "learning-rate": LEARNING_RATE, "precision": self.precision, "threads": bench.threads,
@@ -74,7 +75,8 @@ def finetune(bench: Bench, ours: Ours, runner: Runner = run) -> dict[str, Any]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     command = python("-m", "edgelora", "finetune", *ours.arguments(bench), "-o", str(folder), "--json", "--quiet")
     measured = runner(command, environment=bench.environment)
-    record = {**measured.record(), "side": "edgelora", "ram_mb": ours.ram_mb, "precision": ours.precision}
+    record = {**measured.record(), "side": "edgelora", "ram_mb": ours.ram_mb, "precision": ours.precision,
+              "compute": ours.compute}  # fmt: skip
     if not measured.done:
         return record
     log = rows.step_log(folder)

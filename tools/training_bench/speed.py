@@ -1,7 +1,8 @@
 """`speed`: real tokens/s and memory of both sides on the same rows, in alternation, each run in a process of its own.
 
 The peer gets our rows in our order (rows of like length share a step), and in its own: random order, as its users run it.
-Our budgets are shares of the peak that the peer has reached in the first round.
+Our budgets are shares of the peak that the peer has reached in the first round. Where the machine is faster with bf16 operands
+`finetune` takes them; beside it stands training for fp32 with products in fp32, as the peer's are.
 """
 
 from __future__ import annotations
@@ -86,16 +87,23 @@ def peers(bench: Bench, folder: Path, ordered: Path, shuffled: Path) -> Runs:
 def edgelora(bench: Bench, folder: Path, data: Path, precisions: list[str], found: dict[str, list[Record]]) -> Runs:
     """Return our runs; their budgets are known once the peer has run, which is before them."""
 
-    def make(precision: str, divisor: int | None) -> Callable[[], Record]:
+    def make(precision: str, divisor: int | None, compute: str | None) -> Callable[[], Record]:
         def run() -> Record:
             budget = share_mb(found, divisor)
-            ask = Ours("speed", folder, data, bench.steps + 1, BATCH_SIZE, ram_mb=budget, precision=precision)
+            ask = Ours("speed", folder, data, bench.steps + 1, BATCH_SIZE, budget, precision, compute)
             return finetune(bench, ask)
 
         return run
 
     shares = SHARES if models.fits_in_fp32(folder) else {"no limit": None}
-    return [(f"EdgeLoRA {p}, {share}", make(p, divisor)) for p in precisions for share, divisor in shares.items()]
+    ways: list[tuple[str, str, str | None]] = [(f"EdgeLoRA {precision}", precision, None) for precision in precisions]
+    if "fp32" in precisions:
+        ways.append(("EdgeLoRA fp32, fp32 products", "fp32", "fp32"))
+    return [
+        (f"{name}, {share}", make(precision, divisor, compute))
+        for name, precision, compute in ways
+        for share, divisor in shares.items()
+    ]
 
 
 def share_mb(found: dict[str, list[Record]], divisor: int | None) -> int | None:
