@@ -48,6 +48,7 @@ def evaluate(
     rows: int | None = None,
     generate: bool = True,
     float_: bool = False,
+    adapter: str | None = None,
     truncate: bool = False,
     threads: int | None = None,
     trust_remote_code: bool = False,
@@ -55,14 +56,16 @@ def evaluate(
     """Score RUN, MERGED, MODEL or BUNDLE on the rows of DATA (the first `rows` of them; default: all).
 
     A RUN without DATA is scored on its own test rows, else its validation rows; of a DATA folder the test file, else the
-    validation file, is taken. `float_` keeps the base of a RUN in fp32. `generate` adds the metrics of generated text.
-    Returns {"target", "kind", "task", "split", "rows", "metrics", "seconds"}.
+    validation file, is taken. `adapter` names one of a BUNDLE's. `float_` keeps the base of a RUN in fp32. `generate` adds the
+    metrics of generated text. Returns {"target", "kind", "task", "split", "rows", "metrics", "seconds"}.
     """
     if rows is not None and rows < 1:
         raise SettingsError(f"{rows} rows cannot be scored; at least 1 is wanted")
     kind, manifest = describe(target)
     if float_ and kind != "run":
         raise SettingsError(f"--float is for runs; {target} is a {kind}", hint=f"edgelora evaluate {target} DATA")
+    if adapter is not None and kind != "bundle":
+        raise SettingsError(f"--adapter is for bundles; {target} is a {kind}", hint=f"edgelora evaluate {target} DATA")
     own = own_rows(Path(target)) if kind == "run" and data is None else None
     if data is None and own is None:
         raise SettingsError(f"no rows to score {target} on", hint=f"edgelora evaluate {target} rows.jsonl")
@@ -71,7 +74,11 @@ def evaluate(
     if task and chosen.name != task:
         raise SettingsError(f'{target} is for the task "{chosen.name}", not "{task}"')
     with console.progress("loading"):
-        loaded = load(target, kind, manifest, chosen, float_=float_, threads=threads, trust_remote_code=trust_remote_code)
+        if kind == "bundle":
+            loaded = load_bundle(target, chosen, threads=threads, adapter=adapter)
+        else:
+            trusted = trust_remote_code
+            loaded = load_torch(target, kind, manifest, chosen, float_=float_, threads=threads, trust_remote_code=trusted)
     tokenizer = Tokenizer.from_folder(loaded.folder)
     if own is not None:
         split, taken = own[0], Rows(loaded, tokenizer, str(target), {}, truncate=truncate).encode(own[1], rows)
@@ -113,23 +120,12 @@ def own_rows(run: Path) -> tuple[str, Path] | None:
     return next(((split, path) for split, path in files if path.is_file()), None)
 
 
-def load(
-    target: str | Path,
-    kind: str,
-    manifest: dict[str, Any],
-    task: Task,
-    *,
-    float_: bool,
-    threads: int | None,
-    trust_remote_code: bool,
-) -> Target:
-    if kind == "bundle":
-        from edgelora.run.model import load as load_bundle
-        from edgelora.run.predictor import OnnxPredictor
+def load_bundle(target: str | Path, task: Task, *, threads: int | None, adapter: str | None) -> Target:
+    from edgelora.run.model import load
+    from edgelora.run.predictor import OnnxPredictor
 
-        model = load_bundle(target, threads=threads)
-        return Target(kind, task, model.labels, model.bundle.folder, model.bundle.max_length, OnnxPredictor(model))
-    return load_torch(target, kind, manifest, task, float_=float_, threads=threads, trust_remote_code=trust_remote_code)
+    model = load(target, threads=threads, adapter=adapter)
+    return Target("bundle", task, model.labels, model.bundle.folder, model.bundle.max_length, OnnxPredictor(model))
 
 
 def load_torch(
