@@ -2,6 +2,8 @@
 
 Decoders: a prompt of 256 tokens and 128 tokens after it, greedy, without speculation or a prefix cache. Classifiers: ms for
 one input of 32 tokens, one at a time. Speed is set against what reading the weights once per token would take.
+
+The adapters of a bundle, and other bundles, are measured in turn with it, so that what slows the machine slows all of them.
 """
 
 from __future__ import annotations
@@ -12,25 +14,52 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import edgelora
 from edgelora.errors import EdgeLoRAError, MachineError
+
+if TYPE_CHECKING:
+    from edgelora.bundle import Bundle
 
 PROMPT_TOKENS = 256
 NEW_TOKENS = 128
 CLASSIFIER_TOKENS = 32
 CLASSIFIER_RUNS = 50
 REPEATS = 3
+SPEEDS = {"prefill_tokens_per_s": "prefill_percent", "decode_tokens_per_s": "decode_percent", "ms_per_input": "speed_percent"}
 
 
-def bench(bundle: str | Path, *, threads: int | None = None, repeats: int = REPEATS) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Way:
+    """What one process measures: a bundle, with one of its adapters or without."""
+
+    bundle: Bundle
+    adapter: str | None = None
+
+    @property
+    def name(self) -> str:
+        """Return how what was learned ships: merged, static (a branch of the graph), swap or scales; or "base"."""
+        manifest = self.bundle.manifest
+        if self.adapter is not None:
+            return {"lora": "swap"}.get(kind := str(manifest["adapters"][self.adapter]["kind"]), kind)
+        if "branch" in manifest:
+            return "static"
+        return "merged" if manifest.get("settings") else "base"
+
+
+def bench(
+    bundle: str | Path, *, others: Sequence[str | Path] = (), threads: int | None = None, repeats: int = REPEATS
+) -> dict[str, Any]:
     """Return medians over `repeats` child processes.
 
     Keys: load_s (imports, tokenizer and session, in a fresh process), peak_rss_mb (of that process after its work),
     prefill_tokens_per_s and decode_tokens_per_s, or ms_per_input; read_gb_s (this machine's memory, measured here),
-    bandwidth_percent (weights read per second of decoding against it); size_mb, threads, `table` for people.
+    bandwidth_percent (weights read per second of decoding against it); size_mb, threads, `table` for people. Where the
+    bundle has adapters, or there are `others`, `ways` has a row for each: its figures, and its speed in percent of the first's.
     """
     from edgelora.bundle import open_bundle
     from edgelora.hardware import available_memory, physical_cores
@@ -38,7 +67,9 @@ def bench(bundle: str | Path, *, threads: int | None = None, repeats: int = REPE
 
     opened = open_bundle(bundle)
     threads = threads or physical_cores()
-    runs = [in_child(opened.folder, threads) for _ in range(repeats)]
+    ways = [way for place in (opened, *map(open_bundle, others)) for way in ways_of(place)]
+    rounds = [[in_child(way.bundle.folder, threads, way.adapter) for way in ways] for _ in range(repeats)]
+    runs = [figures[0] for figures in rounds]
     result: dict[str, Any] = {"bundle": str(bundle), "task": opened.task, "precision": opened.precision, "threads": threads}
     result |= {name: round(statistics.median(run[name] for run in runs), 3) for name in runs[0]}
     weights = sum(path.stat().st_size for path in opened.model_path.parent.iterdir() if path.is_file())
@@ -46,14 +77,34 @@ def bench(bundle: str | Path, *, threads: int | None = None, repeats: int = REPE
     result["read_gb_s"] = round(read_bandwidth(threads, available_memory()), 1)
     per_second = result.get("decode_tokens_per_s") or 1000 / result["ms_per_input"]
     result["bandwidth_percent"] = round(100 * per_second * weights / 1e9 / result["read_gb_s"], 1)
+    if len(ways) > 1:
+        result["ways"] = compared(ways, rounds)
     return result | {"table": table(result)}
 
 
-def in_child(bundle: Path, threads: int) -> dict[str, float]:
+def ways_of(bundle: Bundle) -> list[Way]:
+    return [Way(bundle), *(Way(bundle, name) for name in bundle.manifest.get("adapters") or {})]
+
+
+def compared(ways: Sequence[Way], rounds: Sequence[Sequence[Mapping[str, float]]]) -> list[dict[str, Any]]:
+    """Return a row for each way: medians of its figures, and of its speed in percent of the first's in the same round."""
+    rows: list[dict[str, Any]] = []
+    for index, way in enumerate(ways):
+        figures = {name: round(statistics.median(run[index][name] for run in rounds), 3) for name in rounds[0][index]}
+        for name, title in SPEEDS.items():
+            if name in figures:
+                shares = [run[index][name] / run[0][name] for run in rounds if name in run[0]]
+                inverse = name == "ms_per_input"
+                figures[title] = round(100 * statistics.median(1 / share if inverse else share for share in shares), 1)
+        rows.append({"way": way.name, "bundle": way.bundle.folder.name, "adapter": way.adapter, **figures})
+    return rows
+
+
+def in_child(bundle: Path, threads: int, adapter: str | None = None) -> dict[str, float]:
     """Measure once in a fresh process. Raises MachineError when it dies."""
     package = str(Path(edgelora.__file__).parents[1])
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-P", "-m", "edgelora.bench", str(bundle.resolve()), str(threads)]
+    command = [sys.executable, "-P", "-m", "edgelora.bench", str(bundle.resolve()), str(threads), *filter(None, [adapter])]
     child = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, check=False)
     if child.returncode:
         killed = f"exit code {child.returncode}" + (", not enough memory" if child.returncode == -9 else "")
@@ -62,12 +113,12 @@ def in_child(bundle: Path, threads: int) -> dict[str, float]:
     return figures
 
 
-def measure(bundle: Path, threads: int) -> dict[str, float]:
+def measure(bundle: Path, threads: int, adapter: str | None = None) -> dict[str, float]:
     """The child: load, run, and return the figures of one process."""
     started = time.perf_counter()
     from edgelora.run.model import load
 
-    model = load(bundle, threads=threads)
+    model = load(bundle, threads=threads, adapter=adapter)
     figures = {"load_s": time.perf_counter() - started}
     figures |= time_decoder(model) if model.task == "text-generation" else time_classifier(model)
     from edgelora.hardware import peak_rss_mb
@@ -127,10 +178,23 @@ def table(result: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"measured": text, "value": result[name]} for name, text in names.items() if name in result]
 
 
-def main(bundle: str, threads: str) -> int:
+def shown_ways(ways: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of `ways` for people."""
+    names = {
+        "load_s": "load, s", "peak_rss_mb": "peak, MB", "prefill_tokens_per_s": "prompt, tok/s", "prefill_percent": "%",
+        "decode_tokens_per_s": "decode, tok/s", "decode_percent": "% ", "ms_per_input": "ms", "speed_percent": "%",
+    }  # fmt: skip
+    rows = []
+    for way in ways:
+        what = f"{way['way']}: {way['adapter']}" if way["adapter"] else f"{way['way']} ({way['bundle']})"
+        rows.append({"way": what, **{title: way[name] for name, title in names.items() if name in way}})
+    return rows
+
+
+def main(bundle: str, threads: str, adapter: str | None = None) -> int:
     """The child's end: figures as JSON on stdout, or a message on stderr."""
     try:
-        print(json.dumps(measure(Path(bundle), int(threads))))
+        print(json.dumps(measure(Path(bundle), int(threads), adapter)))
     except EdgeLoRAError as error:
         print(error.message, file=sys.stderr)
         return error.exit_code
@@ -138,4 +202,4 @@ def main(bundle: str, threads: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:3]))
+    sys.exit(main(*sys.argv[1:4]))

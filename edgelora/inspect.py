@@ -122,7 +122,15 @@ def inspect_bundle(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
         raise FolderError(f"{folder / MANIFEST} is damaged: {error}", hint="export it again with --overwrite") from None
     if not path.is_file():
         raise FolderError(f"{folder} is damaged: {manifest['model_file']} is missing", hint="export it again with --overwrite")
+    facts["adapters"] = [look_at_entry(name, entry) for name, entry in (manifest.get("adapters") or {}).items()]
     return {**facts, "bits": count_bits(layers), **look_at_graph(path, exceptions, quantized=precision != "fp32")}
+
+
+def look_at_entry(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a bundle's manifest says of one of its adapters, with its loss in ONNX Runtime on held-out rows."""
+    keys = ("kind", "rank", "layers", "size_kb", "base", "data", "file")
+    scored: dict[str, Any] = next((row for row in entry.get("results") or [] if row.get("what") == "onnx"), {})
+    return {"adapter": name, **{key: entry.get(key) for key in keys}, "loss": scored.get("loss"), "kept": scored.get("kept")}
 
 
 def inspect_model(reference: str) -> dict[str, Any]:

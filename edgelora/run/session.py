@@ -28,8 +28,8 @@ def open_session(
         raise FolderError(f"{model} does not exist", hint="export the bundle again with --overwrite")
     options = session_options(threads)
     try:
-        if initializers:
-            options.add_external_initializers(list(initializers), list(initializers.values()))
+        for name, value in (initializers or {}).items():
+            options.add_initializer(name, value)
         return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
     except MemoryError:
         raise MachineError(f"not enough memory to load {model}", hint="close other programs") from None
