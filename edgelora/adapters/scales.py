@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from edgelora.adapters import peft_format
 from edgelora.adapters.inject import choose_targets, frozen_linears
+from edgelora.adapters.peft_config import CONFIG
 from edgelora.adapters.peft_format import AdapterFile, head_parameters
 from edgelora.errors import FolderError
 from edgelora.models.linear import FrozenLinear, FrozenWeight
@@ -138,7 +139,7 @@ def scaled_layers(model: nn.Module) -> dict[str, BlockScales]:
 
 def load_trained(folder: Path) -> AdapterFile:
     """Read the adapter of a folder; of one that has scales alone, the trained head, which replaces the base's."""
-    if (folder / peft_format.CONFIG).is_file() or not (folder / FILE).is_file():
+    if (folder / CONFIG).is_file() or not (folder / FILE).is_file():
         return peft_format.load(folder)
     head = {name: torch.from_numpy(array) for name, array in read_delta(folder).tensors.items()}
     return AdapterFile({}, head)
