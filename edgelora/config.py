@@ -105,6 +105,16 @@ class FinetuneConfig:
         None, "Alphas of layers that have their own, by the end of the layer's name.", allowed=ABOVE_0
     )
     optimizer_bits: int | None = setting(None, "Bits of AdamW's moments. Default: the most that fits.", choices=(32, 8))
+    grid_start: str = setting(
+        "calibrated", "What is rounded at first: weights that make up for errors on training rows, or the model's.",
+        choices=("calibrated", "nearest"),
+    )  # fmt: skip
+    grid_scales: str = setting(
+        "max",
+        "Block scales while rounding: of each block's extreme, or learned beside the adapters.",
+        choices=("max", "learned"),
+    )
+    grid_warmup: float = setting(0.0, "Share of the steps before rounding begins.", allowed=SHARE)
     evaluations: int = setting(4, "Times that the validation rows are scored during training.", allowed=AT_LEAST_0)
     patience: int | None = setting(None, "Stop after this many evaluations without a better one.", allowed=AT_LEAST_1)
     checkpoint_minutes: float = setting(2.0, "Minutes between checkpoints.", allowed=ABOVE_0)

@@ -146,6 +146,7 @@ def load_torch(
     from edgelora.models.load import load_model
     from edgelora.models.predictor import TorchPredictor
     from edgelora.models.source import open_model
+    from edgelora.train.on_grid import ship
 
     torch.set_num_threads(threads or physical_cores())
     source = open_model(str(target), trust_remote_code=trust_remote_code)
@@ -161,6 +162,7 @@ def load_torch(
         apply_adapter(model, source, folder, manifest)
         if manifest["grid"] and not float_ and not scaled:
             put_on_grid(model, manifest["grid"])
+            ship(model, folder, manifest["grid"])
     tokenizer = Tokenizer.from_folder(folder)
     collate = functools.partial(task.collate, pad_token_id=tokenizer.pad_token_id or 0)
     max_length = (manifest.get("settings") or {}).get("max_length") or model_length(source.config)

@@ -21,6 +21,7 @@ from edgelora.quant.clip import round_clipped
 from edgelora.quant.grid import QuantizedTensor, quantize
 from edgelora.quant.measure import relative_error
 from edgelora.rounding import METHODS, put, round_model
+from edgelora.train.on_grid import RoundedLayers
 
 if TYPE_CHECKING:
     from edgelora.adapters.adapted import Adapted
@@ -55,11 +56,14 @@ class RoundingPlan:
     facts: dict[str, Any] = field(default_factory=dict)
     accuracy_levels: dict[str, int] = field(default_factory=dict)
     trade: list[dict[str, Any]] = field(default_factory=list)
+    trained: RoundedLayers | None = None  # those that on-grid training computed with
 
     def tensor(self, path: str, weight_NK: torch.Tensor) -> QuantizedTensor:
         """Return the layer at `path` as it ships."""
         if path in self.tensors:
             return self.tensors[path]
+        if self.trained is not None and path in self.trained:
+            return self.trained.tensor(path, weight_NK.shape[1])
         choice = self.choices[path]
         # A table is read by rows, and the LM head in 8 bits: nothing to gain by clipping.
         clipped = self.method in ("clip", "gptq") and choice.bits < 8
@@ -81,7 +85,7 @@ def plan_rounding(inputs: Inputs, wish: Wish, staging: Path) -> RoundingPlan:
     on_grid = (trained.get("precision"), trained.get("block_size")) == (wish.precision, wish.block_size)
     if on_grid and not searched and wish.rounding is None and wish.calibrate is None:
         choices = {path: Choice(int(trained["bits"].get(path, 8)), wish.block_size) for path in shapes}
-        return RoundingPlan(choices, facts={"method": "trained"})
+        return RoundingPlan(choices, facts={"method": "trained"}, trained=RoundedLayers.open(inputs.folder, trained))
     rows = find_rows(inputs, wish)
     if searched:
         if rows is None:

@@ -22,7 +22,7 @@ from edgelora.models.source import open_model
 from edgelora.plan import plan
 from edgelora.quant.checkpoint import MergedCheckpoint
 from edgelora.quant.grid import QuantizedTensor
-from edgelora.train import checkpoint
+from edgelora.train import checkpoint, on_grid
 from edgelora.train.finetune import finetune
 from edgelora.train.loop import Trainer
 
@@ -96,7 +96,9 @@ def test_a_part_of_the_weight_that_was_trained_ships_exactly(precision: str, inp
     merged = MergedCheckpoint.open(tmp_path / "merged")
     model = load_model(open_model(str(run)), "text-generation", base_bits=32)
     peft_format.apply(model, peft_format.load(run))
-    inject.put_on_grid(model, read_manifest(run, "run")["grid"])
+    grid = read_manifest(run, "run")["grid"]
+    inject.put_on_grid(model, grid)
+    on_grid.ship(model, run, grid)
     for path, layer in inject.adapters(model).items():
         ours, shipped = layer.rounded(), merged.read_linear(path)
         assert isinstance(shipped, QuantizedTensor)

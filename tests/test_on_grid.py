@@ -1,8 +1,12 @@
-"""On-grid training: what the last forward pass computed with is what the merged folder holds."""
+"""On-grid training: what the last step left is what the merged folder holds; gradients, learned scales, warm-up."""
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,47 +16,104 @@ from tolerances import MERGED_FORWARD
 from edgelora.adapters import inject, peft_format
 from edgelora.adapters.lora import LoRA, LoRASettings
 from edgelora.config import FinetuneConfig
+from edgelora.errors import FolderError
 from edgelora.evaluate import evaluate
 from edgelora.folder import read_manifest
 from edgelora.merge import merge
+from edgelora.models.linear import FrozenLinear
 from edgelora.models.load import load_model
 from edgelora.models.source import open_model
 from edgelora.quant.checkpoint import MergedCheckpoint
-from edgelora.quant.grid import QuantizedTensor, dequantize, quantize
+from edgelora.quant.grid import QuantizedTensor, dequantize, quantize, unpack
 from edgelora.train import on_grid
+from edgelora.train.checkpoint import State
 from edgelora.train.finetune import finetune
+from edgelora.train.loop import Trainer
 from edgelora.train.optimizer import make_optimizer
 from tests.test_lora import make_linear, moved
 
 SIZES = {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("grid")
+@dataclass(frozen=True)
+class Trained:
+    """A run, and the rounded layers as they were when its last step was done."""
+
+    folder: Path
+    last: dict[str, QuantizedTensor]
+
+
+def train(folder: Path, **settings: Any) -> Trained:
     save_decoder(folder / "model", **SIZES)
     rows = [f'{{"prompt": "say {word}", "completion": "{word} {word}"}}' for word in ("one", "two", "six", "ten", "red", "sky")]
     (folder / "rows.jsonl").write_text("\n".join(rows * 2))
-    config = FinetuneConfig(threads=1, max_steps=4, batch_size=4, learning_rate=1e-2, evaluations=1, base_bits=32)
-    finetune(str(folder / "model"), str(folder / "rows.jsonl"), folder / "run", config)
-    return folder / "run"
+    last: dict[str, QuantizedTensor] = {}
+    run = Trainer.run
+
+    def watched(trainer: Trainer) -> State:
+        state = run(trainer)
+        for path, adapter in inject.adapters(trainer.job.model).items():
+            rounded = adapter.rounded()
+            last[path] = dataclasses.replace(rounded, codes=rounded.codes.clone(), scales=rounded.scales.clone())
+        return state
+
+    config = FinetuneConfig(threads=1, max_steps=4, batch_size=4, learning_rate=1e-2, evaluations=1, **settings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "run", watched)
+        finetune(str(folder / "model"), str(folder / "rows.jsonl"), folder / "run", config)
+    return Trained(folder / "run", last)
 
 
-def test_the_merged_codes_are_those_of_the_last_forward(run: Path, tmp_path: Path) -> None:
-    manifest = read_manifest(run, "run")
-    assert set(manifest["grid"]["bits"].values()) <= {4, 8}
-    merge(run, tmp_path / "merged")
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    return train(tmp_path_factory.mktemp("grid"), base_bits=32)
+
+
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    return train(tmp_path_factory.mktemp("learned"), base_bits=16, grid_scales="learned", grid_warmup=0.5)
+
+
+@pytest.fixture(scope="module")
+def run(trained: Trained) -> Path:
+    return trained.folder
+
+
+@pytest.mark.parametrize("kind", ["trained", "learned"])
+def test_the_merged_codes_are_those_of_the_last_step(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    found: Trained = request.getfixturevalue(kind)
+    grid = read_manifest(found.folder, "run")["grid"]
+    assert set(grid["bits"].values()) <= {4, 8}
+    assert set(found.last) == set(grid["bits"])
+    merge(found.folder, tmp_path / "merged")
     merged = MergedCheckpoint.open(tmp_path / "merged")
-    model = load_model(open_model(str(run)), "text-generation", base_bits=32)
-    peft_format.apply(model, peft_format.load(run))
-    inject.put_on_grid(model, manifest["grid"])
-    found = inject.adapters(model)
-    assert len(found) == len(manifest["grid"]["bits"])
-    for path, adapter in found.items():
-        ours, shipped = adapter.rounded(), merged.read_linear(path)
+    for path, ours in found.last.items():
+        shipped = merged.read_linear(path)
         assert isinstance(shipped, QuantizedTensor)
         assert torch.equal(ours.codes, shipped.codes), path
         assert torch.equal(ours.scales, shipped.scales), path
+
+
+def test_scales_are_learned(learned: Trained) -> None:
+    model = load_model(open_model(str(learned.folder)), "text-generation", base_bits=16)
+    peft_format.apply(model, peft_format.load(learned.folder))
+    grid = read_manifest(learned.folder, "run")["grid"]
+    inject.put_on_grid(model, {**grid, "scales": "max"})
+    moved = [
+        not torch.equal(adapter.rounded().scales, learned.last[path].scales)
+        for path, adapter in inject.adapters(model).items()
+        if grid["bits"][path] == 4
+    ]
+    assert moved
+    assert all(moved)
+    assert all(torch.equal(tensor.scales, tensor.scales.bfloat16().float()) for tensor in learned.last.values())
+
+
+def test_a_run_without_its_rounded_layers_is_refused(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / on_grid.ROUNDED).write_bytes(b"cut short")
+    with pytest.raises(FolderError, match=r"rounded\.safetensors"):
+        merge(tmp_path / "run", tmp_path / "merged")
 
 
 def test_evaluate_measures_what_was_trained_and_float_what_it_would_be_unrounded(run: Path) -> None:
@@ -91,6 +152,50 @@ def test_on_the_grid_it_computes_with_the_rounded_weight_and_has_the_gradients_o
     (expected * wanted).sum().backward()
     for left, right in zip(ours, [x.grad, layer.lora_A.grad, layer.lora_B.grad], strict=True):
         torch.testing.assert_close(left, right, **MERGED_FORWARD)
+
+
+@pytest.mark.parametrize("inputs", [64, 40])
+def test_block_scales_have_the_gradient_of_their_formula(inputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgelora.adapters.lora.TOKENS_PER_SCALE", 1)
+    base = FrozenLinear.from_weight("block.q_proj", torch.randn(24, inputs), torch.randn(24), 32, 32)
+    layer = moved(LoRA.from_base(base, LoRASettings(rank=4)))
+    layer.grid = (4, 32)
+    layer.learn_scales()
+    x, wanted = torch.randn(5, inputs), torch.randn(5, 24)
+    with torch.no_grad():
+        layer.log_scales.normal_(0.0, 0.1)
+    (layer(x) * wanted).sum().backward()
+    ours = layer.log_scales.grad
+    plain = quantize(layer.merge(), 4, 32)
+    logs = layer.log_scales.detach().clone().requires_grad_()
+    scales = plain.scales * torch.exp(logs)
+    scales = scales * (scales.bfloat16().float() / scales).detach()  # straight through the rounding to bf16
+    weight = (scales.unsqueeze(-1) * (unpack(plain.codes, 4).float() - 8)).flatten(1)[:, :inputs]
+    expected = x @ weight.t() + layer.base.bias
+    torch.testing.assert_close(layer(x), expected, **MERGED_FORWARD)
+    (expected * wanted).sum().backward()
+    torch.testing.assert_close(ours, logs.grad, **MERGED_FORWARD)
+
+
+def test_a_sample_of_tokens_stands_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = moved(LoRA.from_base(make_linear(), LoRASettings(rank=4)))
+    layer.grid = (4, 32)
+    layer.learn_scales()
+    x, grad = torch.randn(1, 64), torch.randn(1, 24)
+    sampled = layer.scale_gradient(grad.repeat(8, 1), x.repeat(8, 1))
+    monkeypatch.setattr("edgelora.adapters.lora.TOKENS_PER_SCALE", 1)
+    torch.testing.assert_close(sampled, layer.scale_gradient(grad.repeat(8, 1), x.repeat(8, 1)), **MERGED_FORWARD)
+
+
+def test_the_first_steps_may_go_without_rounding() -> None:
+    layer = moved(LoRA.from_base(make_linear(), LoRASettings(rank=4)))
+    layer.grid = (4, 32)
+    x = torch.randn(5, 64)
+    float_ = x @ layer.merge().t() + layer.base.bias
+    for step, rounds in ((0, False), (4, False), (5, True), (9, True)):
+        with on_grid.warming_up(layer, step, 10, 0.5):
+            assert torch.allclose(layer(x), float_, rtol=1e-4, atol=1e-5) != rounds, step
+    assert not torch.allclose(layer(x), float_, rtol=1e-4, atol=1e-5)
 
 
 def test_the_rounded_weight_follows_every_update() -> None:

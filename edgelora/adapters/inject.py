@@ -106,6 +106,8 @@ def put_on_grid(model: nn.Module, grid: dict[str, Any]) -> None:
     """Let every adapter compute with the rounded weights that ship; `grid` is what the run's manifest records."""
     for path, adapter in adapters(model).items():
         adapter.grid = (int(grid["bits"][path]), int(grid["block_size"]))
+        if grid.get("scales") == "learned" and adapter.grid[0] < 8:
+            adapter.learn_scales()
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from edgelora.adapters.initialize import FROM_WEIGHT, INITIALIZATIONS, Start, from_pattern
 from edgelora.models.linear_group import LinearGroup, linears
 from edgelora.models.scale_gradient import of_codes, scale_gradient
-from edgelora.quant.grid import QuantizedTensor, quantize
+from edgelora.quant.grid import QuantizedTensor, dequantize, quantize
 
 if TYPE_CHECKING:
     from edgelora.config import FinetuneConfig
@@ -98,9 +98,10 @@ def combine(weight_NK: Tensor, factors: Factors) -> Tensor:
 class LoRA(nn.Module):
     """An adapter around a frozen linear layer. `enabled = False` gives the base layer's output.
 
-    With `grid`, (bits, block size), the layer computes with the merged weight as it ships: rounded, unless `unrounded` is set for
-    a while. Its block scales are those of `quantize` times exp(`log_scales`), which are trained too (`learn_scales`), or
-    `shipped_scales` where training is over. With `initial`, (A0, B0), it acts by what its product has become since:
+    With `grid`, (bits, block size), the layer computes with the merged weight as it ships: rounded, unless `unrounded` is set
+    for a while. What is rounded is `start` + s·BA, where a start that makes up for errors was given (train/start.py). Block
+    scales are those of `quantize` times exp(`log_scales`), where these are trained too (`learn_scales`). `shipped` is the
+    rounded weight of a run that is over. With `initial`, (A0, B0), the layer acts by what its product has become since:
     s·(BA - B0 A0), of rank 2r (initialize.py).
     """
 
@@ -114,7 +115,8 @@ class LoRA(nn.Module):
         self.grid: tuple[int, int] | None = None
         self.unrounded = False
         self.log_scales: nn.Parameter | None = None
-        self.shipped_scales: Tensor | None = None
+        self.start: QuantizedTensor | None = None
+        self.shipped: QuantizedTensor | None = None
         self.initial: tuple[Tensor, Tensor] | None = None
         self.lora_A = nn.Parameter(factors.a)
         self.lora_B = nn.Parameter(factors.b)
@@ -228,8 +230,8 @@ class LoRA(nn.Module):
     def scale_gradient(self, grad_TN: Tensor, h_TK: Tensor) -> Tensor:
         """Return the gradient of `log_scales`: s·Σ dW (q - z) over each block, s = bf16(s_max · exp(log_scales)).
 
-        The codes are those of W / s_max and do not depend on what is learned (LR-QAT, arXiv 2406.06385, section 3). The rounding
-        of s to bf16 counts as if it were none. One token in TOKENS_PER_SCALE is looked at, and counts as so many.
+        The codes are those of W / s_max and do not depend on what is learned (LR-QAT, arXiv 2406.06385, section 3). The
+        rounding of s to bf16 counts as if it were none. One token in TOKENS_PER_SCALE is looked at, and counts as so many.
         """
         tensor = self.rounded()
         few_TN, few_TK = grad_TN[::TOKENS_PER_SCALE], h_TK[::TOKENS_PER_SCALE]
@@ -252,23 +254,34 @@ class LoRA(nn.Module):
         return self._norms[1]
 
     def rounded(self) -> QuantizedTensor:
-        """Return the merged weight on the grid, rounded once after each change of A and B, in the same memory. Needs `grid`."""
+        """Return the merged weight on the grid, rounded once after each change of what is trained, in the same memory.
+
+        Needs `grid`.
+        """
+        if self.shipped is not None:
+            return self.shipped
         assert self.grid is not None
         versions = tuple(p._version for p in (self.lora_A, self.lora_B, self.log_scales) if p is not None)
         if self._rounded is None or self._rounded[0] != versions:
             with torch.inference_mode(False), torch.no_grad():
                 last = self._rounded[1] if self._rounded is not None and self._rounded[1].bits == self.grid[0] else None
-                tensor = quantize(self.merge(), *self.grid, into=last)
-                if self.shipped_scales is not None:
-                    tensor.scales.copy_(self.shipped_scales)
-                elif self.log_scales is not None:
+                tensor = quantize(self.to_round(), *self.grid, into=last)
+                if self.log_scales is not None:
                     tensor.scales.copy_(torch.exp(self.log_scales).mul_(tensor.scales).bfloat16())
                 self._rounded = versions, tensor
         return self._rounded[1]
 
-    def ship(self, scales: Tensor) -> None:
-        """Take the block scales fp32 `[N, blocks]` that training ended with; they are not trained any more."""
-        self.shipped_scales, self.log_scales, self._rounded = scales, None, None
+    def to_round(self) -> Tensor:
+        """Return the weight that is rounded: `start`, or where there is none W0, with the adapter in it, fp32 `[N, K]`."""
+        return self.merge() if self.start is None else combine(dequantize(self.start), self.factors)
+
+    def begin_with(self, start: QuantizedTensor) -> None:
+        """Round `start` + s·BA from now on."""
+        self.start, self._rounded = start, None
+
+    def ship(self, tensor: QuantizedTensor) -> None:
+        """Compute with this weight from now on: training is over."""
+        self.shipped, self.log_scales, self._rounded = tensor, None, None
 
     def delta(self) -> Tensor:
         """Return what the adapter adds to the weight, s·BA or s·(BA - B0 A0), fp32 `[N, K]`."""

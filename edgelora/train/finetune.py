@@ -36,6 +36,7 @@ from edgelora.train.observe import observe
 from edgelora.train.prefix import PrefixedPredictor, Prefixes, open_prefixes
 from edgelora.train.run import DATA, Run, copy_model_files, length_limit
 from edgelora.train.scales_grid import trains_scales
+from edgelora.train.start import start_on_grid
 
 if TYPE_CHECKING:
     from edgelora.models.decoder import Decoder
@@ -162,6 +163,8 @@ class Training:
                 console.say(self.plan.too_long_to_write)
             with self.stages.time("base"), inject.switched_off(self.model):
                 trainer.state.base = self.score(generate=self.writes_answers())
+        with self.stages.time("calibrate"):
+            start_on_grid(self.model, self.run, self.out)
         trainer.state.seconds = self.stages.seconds
         state = trainer.run()
         self.stages.seconds = state.seconds
@@ -223,12 +226,14 @@ class Training:
             task_type=peft_format.TASK_TYPES.get(self.task.auto_class),
         )
         peft_format.save(adapter, self.out, paths=list(self.model.linears()))
+        on_grid.save_rounded(self.model, self.out)
 
     def apply_kept(self) -> None:
         if trains_scales(self.config):
             scales_grid.apply_kept(self.model, self.out)
         else:
             peft_format.apply(self.model, peft_format.load(self.out))
+            on_grid.ship(self.model, self.out, self.run.grid)
 
     def predictor(self) -> TorchPredictor:
         limits = {"batch_tokens": self.plan.scoring_tokens, "cache_bytes": round(self.plan.cache_mb * (1 << 20))}

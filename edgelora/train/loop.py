@@ -18,7 +18,7 @@ from edgelora import console, hardware, memory
 from edgelora.adapters.inject import initial_tensors
 from edgelora.errors import Interrupted
 from edgelora.models.predictor import Collate, to_tensors
-from edgelora.train import checkpoint, guard
+from edgelora.train import checkpoint, guard, on_grid
 from edgelora.train.batches import Schedule, split
 from edgelora.train.checkpoint import State
 from edgelora.train.log import Log
@@ -121,7 +121,8 @@ class Trainer:
         """Do one optimizer step with its guards. A broken step rolls back."""
         started, random = time.perf_counter(), torch.get_rng_state()
         rows = self.job.rows.rows(self.state.step)
-        loss_sum, items = self.gradients(rows, random)
+        with on_grid.warming_up(self.job.model, self.state.step, self.job.num_steps, self.job.config.grid_warmup):
+            loss_sum, items = self.gradients(rows, random)
         loss, norm = loss_sum / items, self.clip()
         problem = guard.broken(loss, norm, self.state.recent)
         if problem is not None:
@@ -168,7 +169,12 @@ class Trainer:
         return total, items
 
     def clip(self) -> float:
-        return clip_grad_norm(self.parameters.values(), self.job.config.max_grad_norm)
+        """Clip the gradients; return their norm. Block scales beside adapters are clipped apart: they do not slow these."""
+        limit, scales = self.job.config.max_grad_norm, on_grid.learned_scales(self.job.model)
+        beside = {id(parameter) for parameter in scales.values()}
+        apart = clip_grad_norm(scales.values(), limit)
+        norm = clip_grad_norm([p for p in self.parameters.values() if id(p) not in beside], limit)
+        return norm if math.isfinite(apart) else apart
 
     def rate(self) -> float:
         config = self.job.config

@@ -6,14 +6,23 @@ in the run, so that merging rounds onto the grid that was trained on.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from edgelora.adapters.inject import adapters
 from edgelora.adapters.lora import LoRA
+from edgelora.errors import FolderError, ModelError
 from edgelora.models.linear import FrozenLinear
+from edgelora.models.weights import Entry, file_entries, read_entry
 from edgelora.quant.bits import PRECISION_BITS, choose_bits
+from edgelora.quant.grid import QuantizedTensor
 from edgelora.quant.measure import relative_error
+from edgelora.train.start import write
 
 if TYPE_CHECKING:
     from edgelora.config import FinetuneConfig
@@ -21,6 +30,7 @@ if TYPE_CHECKING:
     from edgelora.models.encoder import Encoder
 
 BLOCK_SIZE = 32
+ROUNDED = "rounded.safetensors"
 LEAST_BASE_BITS = 8  # a base kept in 4 bits is rounded already: W0, which the merge rounds, is not known any more
 
 
@@ -41,7 +51,70 @@ def choose_grid(model: Decoder | Encoder, config: FinetuneConfig) -> dict[str, A
     if PRECISION_BITS[config.precision] == 4:
         errors = {path: relative_error(layer.weight_fp32(), 4, BLOCK_SIZE) for path, layer in linears.items()}
     bits = choose_bits(config.precision, shapes, errors, ())
-    return {"precision": config.precision, "block_size": BLOCK_SIZE, "bits": bits}
+    grid = {"precision": config.precision, "block_size": BLOCK_SIZE, "bits": bits}
+    return {**grid, "start": config.grid_start, "scales": config.grid_scales, "warmup": config.grid_warmup}
+
+
+@contextmanager
+def warming_up(model: nn.Module, step: int, num_steps: int, share: float) -> Iterator[None]:
+    """Let the adapters compute without rounding if `step` is among the first `share` of the steps."""
+    found = list(adapters(model).values())
+    for adapter in found:
+        adapter.unrounded = step < round(share * num_steps)
+    try:
+        yield
+    finally:
+        for adapter in found:
+            adapter.unrounded = False
+
+
+def learned_scales(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the trained logarithms of block scales by path: none where scales follow from the weights."""
+    found = {path: adapter.log_scales for path, adapter in adapters(model).items()}
+    return {path: scales for path, scales in found.items() if scales is not None}
+
+
+def save_rounded(model: nn.Module, run: Path) -> None:
+    """Write the adapted layers as they ship into a run folder: `<path>.codes` and `<path>.scales` as in a merged folder."""
+    rounded = {path: adapter.rounded() for path, adapter in adapters(model).items() if adapter.grid is not None}
+    if rounded:
+        write(run / f".{ROUNDED}.partial", rounded)
+        (run / f".{ROUNDED}.partial").replace(run / ROUNDED)
+
+
+@dataclass(frozen=True)
+class RoundedLayers:
+    """The adapted layers of a run as training computed with them last: what ships, whatever has become of the base since."""
+
+    grid: dict[str, Any]
+    entries: dict[str, Entry]
+
+    @classmethod
+    def open(cls, run: Path, grid: dict[str, Any]) -> RoundedLayers:
+        """Raises FolderError if the run's file is missing or damaged."""
+        try:
+            return cls(grid, file_entries(run / ROUNDED))
+        except ModelError as error:
+            raise FolderError(error.message, hint="train again with --overwrite") from None
+
+    def __contains__(self, path: str) -> bool:
+        return f"{path}.codes" in self.entries
+
+    def tensor(self, path: str, num_inputs: int) -> QuantizedTensor:
+        """Return the layer at `path`, mapped from the file."""
+        codes, scales = (read_entry(self.entries[f"{path}.{part}"]) for part in ("codes", "scales"))
+        return QuantizedTensor(codes, scales, int(self.grid["bits"][path]), int(self.grid["block_size"]), num_inputs)
+
+
+def ship(model: nn.Module, run: Path, grid: dict[str, Any]) -> None:
+    """Let the adapters of a run that is over compute with what ships."""
+    found = {path: adapter for path, adapter in adapters(model).items() if adapter.grid is not None}
+    if not found:
+        return
+    rounded = RoundedLayers.open(run, grid)
+    for path, adapter in found.items():
+        if path in rounded:
+            adapter.ship(rounded.tensor(path, adapter.in_features))
 
 
 def frozen(layer: nn.Module) -> FrozenLinear:

@@ -18,6 +18,8 @@ from edgelora.train.adamw8 import BLOCK, CHUNK, LEAST, decode, encode
 
 # A head begins at random and small, and is not scaled as an adapter is: it has further to go than an adapter.
 HEAD_RATE = 10.0
+# Logarithms of block scales beside an adapter, at 1e-3 for it: 2e-4 of a scale in a step.
+SCALE_RATE = 0.2
 
 
 class AdamW:
@@ -147,14 +149,15 @@ def make_optimizer(
     LoRA+ (arXiv 2402.12354, section 4): B learns at `loraplus_ratio` times the rate of A. Decay is for A, B and the changes: it
     would shrink a magnitude, which is as large as the weight itself, and not an update of it.
     """
-    kinds: dict[str, list[nn.Parameter]] = {"A": [], "B": [], "magnitude": [], "scales": [], "head": []}
+    kinds: dict[str, list[nn.Parameter]] = {"A": [], "B": [], "magnitude": [], "scales": [], "log_scales": [], "head": []}
     place: dict[int, str] = {}
     for adapter in adapters(model).values():
         place |= {id(adapter.lora_A): "A", id(adapter.lora_B): "B", id(adapter.lora_magnitude_vector): "magnitude"}
+        place |= {id(adapter.log_scales): "log_scales"}
     place |= {id(layer.change): "scales" for layer in scaled_layers(model).values()}
     for parameter in trainable(model).values():
         kinds[place.get(id(parameter), "head")].append(parameter)
-    scales = {"B": loraplus_ratio or 1.0, "head": HEAD_RATE}
+    scales = {"B": loraplus_ratio or 1.0, "head": HEAD_RATE, "log_scales": SCALE_RATE}
     groups = [
         {
             "params": parameters,

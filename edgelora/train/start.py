@@ -1,0 +1,167 @@
+"""Where on-grid training begins: weights that make up for the errors of their rounding on training rows (quant/compensate.py).
+
+Layer by layer, each seeing what the rounded ones before it make of the rows. The weights are kept in 8 bits, a resolution of
+1/16 of a 4-bit step, in a file of the run's checkpoint: a resumed run begins with the same, and memory maps it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from edgelora import calibration, console
+from edgelora.adapters.inject import adapters
+from edgelora.models.walk import Call, walk_through
+from edgelora.models.weights import file_entries, read_entry
+from edgelora.quant.calibrate import Moments
+from edgelora.quant.checkpoint import StreamedSafetensors
+from edgelora.quant.compensate import compensated
+from edgelora.quant.grid import QuantizedTensor, quantize
+from edgelora.train import checkpoint
+
+if TYPE_CHECKING:
+    from edgelora.models.decoder import Decoder
+    from edgelora.models.encoder import Encoder
+    from edgelora.train.run import Run
+
+    Model = Decoder | Encoder
+
+FILE = "start.safetensors"
+CALIBRATED = "calibrated"
+START_BITS = 8
+HESSIANS = 4  # of a layer's size in memory at once: the sums, the damped ones, two factors
+
+
+class _Stop(Exception):
+    """Ends a forward pass of which nothing more is wanted."""
+
+
+def start_on_grid(model: Model, run: Run, out: Path) -> None:
+    """Let a run that begins with calibrated weights do so: on its own training rows, within its activations' memory."""
+    if run.grid.get("start") != CALIBRATED:
+        return
+
+    def rows() -> Sequence[dict[str, Tensor]]:
+        found = calibration.from_run(out, run.task, run.labels, {})
+        return found.batches() if found is not None else []
+
+    room = round(run.plan.parts.get("activations", 0.0) * (1 << 20))
+    begin(model, run.grid, out / checkpoint.FOLDER, rows, room)
+
+
+def begin(model: Model, grid: dict[str, Any], folder: Path, rows: Callable[[], Sequence[dict[str, Tensor]]], room: int) -> None:
+    """Let the adapters of a run round weights that make up for errors: those in `folder`, or new ones from `rows`.
+
+    rows: batches without padding. room: bytes for second moments; layers too wide for it begin as they are.
+    """
+    if not below(model, grid):
+        return
+    path = folder / FILE
+    if not path.is_file():
+        folder.mkdir(exist_ok=True)
+        partial = folder / f".{FILE}.partial"
+        write(partial, dict(compensate(model, grid, rows(), room)))
+        partial.replace(path)
+    entries = file_entries(path)
+    for layer, adapter in adapters(model).items():
+        if f"{layer}.codes" in entries:
+            codes, scales = (read_entry(entries[f"{layer}.{part}"]) for part in ("codes", "scales"))
+            adapter.begin_with(QuantizedTensor(codes, scales, START_BITS, int(grid["block_size"]), adapter.in_features))
+
+
+def below(model: Model, grid: dict[str, Any]) -> set[str]:
+    """Return the paths of the adapted layers that are rounded to less than 8 bits."""
+    return {path for path in adapters(model) if int(grid["bits"][path]) < START_BITS}
+
+
+@torch.no_grad()
+def compensate(
+    model: Model, grid: dict[str, Any], batches: Sequence[dict[str, Tensor]], room: int
+) -> Iterator[tuple[str, QuantizedTensor]]:
+    """Yield (path, weight in 8 bits) of each adapted layer on the grid with fewer bits; the model goes on with it."""
+    found, block_size, wanted = adapters(model), int(grid["block_size"]), below(model, grid)
+    walk = walk_through(model, batches)
+    with console.progress(f"rounding on {len(batches)} batches of rows", total=len(wanted)) as bar:
+        for index, block in enumerate(walk.blocks):
+            inside = {id(module) for module in block.modules()}
+            layers = {path: module for path, module in model.linears().items() if id(module) in inside and path in wanted}
+            if not layers:
+                continue
+            calls = walk.calls(index)
+            for group in same_inputs(block, calls[0], layers):
+                moments = Moments(found[group[0]].in_features)
+                if HESSIANS * 4 * moments.num_inputs**2 <= room and moments.whole:
+                    see_inputs(block, calls, layers[group[0]], moments.add)
+                factor = moments.factor() if moments.tokens >= moments.num_inputs else None
+                for path in group:
+                    if factor is not None:
+                        weight = compensated(found[path].base.weight_fp32(), factor, int(grid["bits"][path]), block_size)
+                        tensor = quantize(weight, START_BITS, block_size)
+                        found[path].begin_with(tensor)
+                        yield path, tensor
+                    bar.update(1)
+            wanted -= set(layers)
+
+
+def same_inputs(block: nn.Module, call: Call, layers: dict[str, nn.Module]) -> list[list[str]]:
+    """Return the paths of a block's layers in the order of their computation, those with one input together."""
+    seen: list[tuple[str, Tensor]] = []
+    paths = {id(layer): path for path, layer in layers.items()}
+    with listening(list(layers.values()), lambda layer, x: seen.append((paths[id(layer)], x))):
+        block(*call[0], **call[1])
+    groups: list[list[str]] = []
+    last: Tensor | None = None
+    for path, x in seen:
+        if last is not None and x.data_ptr() == last.data_ptr() and x.shape == last.shape:
+            groups[-1].append(path)
+        else:
+            groups.append([path])
+        last = x
+    return groups
+
+
+def see_inputs(block: nn.Module, calls: Sequence[Call], layer: nn.Module, see: Callable[[Tensor], object]) -> None:
+    """Let `see` have a layer's inputs for every batch; what comes after the layer is not computed."""
+
+    def stop(_: nn.Module, x: Tensor) -> None:
+        see(x)
+        raise _Stop
+
+    with listening([layer], stop):
+        for args, kwargs in calls:
+            try:
+                block(*args, **kwargs)
+            except _Stop:
+                continue
+
+
+@contextmanager
+def listening(layers: Sequence[nn.Module], see: Callable[[nn.Module, Tensor], object]) -> Iterator[None]:
+    """Let `see` have each layer's input before the layer is computed."""
+
+    def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        see(layer, args[0])
+
+    hooks = [layer.register_forward_pre_hook(hook) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def write(path: Path, tensors: dict[str, QuantizedTensor]) -> None:
+    """Write layers on the grid as `<path>.codes` and `<path>.scales`."""
+    shapes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    for layer, tensor in tensors.items():
+        shapes[f"{layer}.codes"] = torch.uint8, tuple(tensor.codes.shape)
+        shapes[f"{layer}.scales"] = torch.float32, tuple(tensor.scales.shape)
+    with StreamedSafetensors(path, shapes) as file:
+        for layer, tensor in tensors.items():
+            file.write(f"{layer}.codes", tensor.codes)
+            file.write(f"{layer}.scales", tensor.scales)
