@@ -41,7 +41,7 @@ def library() -> str:
 
 @contextmanager
 def exact() -> Iterator[None]:
-    """Compute every product in fp32 while the block runs."""
+    """Compute every product in fp32 while the block runs: what scores a model must not depend on how it is trained."""
     before = _library
     use(ONEDNN if before == BF16 else before)
     try:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from edgelora.models import gemm
 from edgelora.models.head import TILE_ROWS
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class TorchPredictor:
         self.cache_bytes = cache_bytes
         self.watch: Callable[[int, torch.Tensor], None] | None = None  # sees each example's states as `losses` computes them
 
+    @gemm.exact()
     @torch.no_grad()
     def losses(self, examples: Sequence[Example]) -> list[tuple[float, int]]:
         """Return the summed negative log-likelihood and the number of supervised tokens of each example."""
@@ -91,6 +93,7 @@ class TorchPredictor:
         states: torch.Tensor = self.model.hidden(batch["ids"], batch["starts"])
         return states
 
+    @gemm.exact()
     @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: frozenset[int]) -> list[list[int]]:
         """Continue each prompt greedily; prompts of like length share a cache."""
@@ -108,6 +111,7 @@ class TorchPredictor:
                 answers[number] = answer
         return answers
 
+    @gemm.exact()
     @torch.no_grad()
     def logits(self, examples: Sequence[Example]) -> NDArray[np.float32]:
         """Return the logits `[examples, labels]`."""
