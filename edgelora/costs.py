@@ -24,6 +24,7 @@ STREAMED_BLOCKS = 3  # the one in use, the one read ahead, and the one that is b
 WARM_KERNELS = 75 << 20
 # What freed blocks leave between those in use, in the C allocator's heap; what is kept in bf16 is apart (models/slab.py).
 ALLOCATOR = {32: 1.3, 16: 1.2}
+ENCODER_ALLOCATOR = 1.2  # padded batches have few sizes: MiniLM at 640 and 1,300 tokens took 1.14 and 1.07 times, before growth
 ROUNDING = 32 << 20  # what the temporaries of rounding leave in the heap where training is on the grid
 GROWTH = 40 << 20  # of the heap over the first steps: pieces of other lengths leave other holes
 GROWING = "growth of the heap"  # the part that a probe cannot see
@@ -58,6 +59,7 @@ class Piece:
     tokens: int
     supervised: int
     padding: int = 0  # places of documents that are computed together with longer ones
+    longest: int = 0  # tokens of the longest row, as many as each padded one has
     joined: bool = False  # what attention gives is put together anew: from runs of other lengths, or without padding
 
 
@@ -99,10 +101,15 @@ def memory_parts(
         "base weights": resident_base_bytes(shape, settings),
         "adapters and optimizer": trained,
         "rounded weights": rounded_bytes(shape, settings),
-        "activations": round(found.activations * ALLOCATOR[settings.keep_bits] * kept),
+        "activations": round(found.activations * heap_factor(shape, settings) * kept),
         "unpacking buffer": buffer,
     }
     return {**parts, GROWING: GROWTH}
+
+
+def heap_factor(shape: ModelShape, settings: Settings) -> float:
+    """Return how many times the bytes of activations they take in the C allocator's heap."""
+    return ENCODER_ALLOCATOR if shape.encoder else ALLOCATOR[settings.keep_bits]
 
 
 def trained_bytes(shape: ModelShape, settings: Settings) -> int:
@@ -175,7 +182,8 @@ def activation_bytes(shape: ModelShape, settings: Settings, piece: Piece) -> int
     kept = min(settings.kept_blocks, trained_blocks(shape, settings)) * (values * value + low)
     restored = whole if settings.keep_bits < 32 else 0  # one kept block in fp32 beside its bf16
     # Backward of the MLP: gradients of its inner tensors (of gate and up, of their product, one temporary) and two of [T, H].
-    gradients = FP32 * piece.tokens * ((2 * (1 + shape.gated)) * inner + 2 * hidden)
+    mlp, attention = 2 * (1 + shape.gated) * inner + 2 * hidden, score_values(shape, piece) + 4 * hidden
+    gradients = FP32 * piece.tokens * (max(mlp, attention) if shape.encoder else mlp)
     backward = inputs + max(kept + restored, whole if recomputed else 0) + gradients
     loss = 0 if shape.encoder else inputs + kept + FP32 * 2 * hidden * piece.tokens + loss_bytes(shape, piece)
     return round(max(backward, loss))
@@ -184,10 +192,16 @@ def activation_bytes(shape: ModelShape, settings: Settings, piece: Piece) -> int
 def kept_values(shape: ModelShape, piece: Piece) -> int:
     """Return the fp32 values that one kept block has for a piece."""
     if shape.encoder:
-        return piece.tokens * kept_per_token(shape)
+        return piece.tokens * (kept_per_token(shape) + score_values(shape, piece))
     # Queries, keys, values and the heads' outputs have padding; what is put together from these outputs comes on top.
     padding = piece.padding * 2 * (shape.queries + shape.keys)
     return piece.tokens * (kept_per_token(shape) + piece.joined * shape.queries) + padding
+
+
+def score_values(shape: ModelShape, piece: Piece) -> int:
+    """Return the fp32 values per token of an encoder's attention with dropout, for which torch has no fused kernel: shares,
+    the mask, and what is left of them."""
+    return 3 * shape.scored_heads * piece.longest
 
 
 def low_per_token(shape: ModelShape, settings: Settings) -> float:
@@ -200,8 +214,8 @@ def kept_per_token(shape: ModelShape) -> int:
     """Return the fp32 values that one kept block has for one token, adapters and padding apart."""
     hidden, inner, queries, keys = shape.hidden, shape.inner, shape.queries, shape.keys
     if shape.encoder:
-        # queries, keys, values, attention twice, input and output of two norms, residuals, inner before and after GELU
-        return 5 * queries + 6 * hidden + 2 * inner
+        # q, k, v; inputs of q, k, v, of o and of the MLP; what two norms are given; masks; inner before and after GELU
+        return 3 * queries + (5 + 2 * shape.dropout) * hidden + 2 * inner
     # Norms keep their input: q and k lie in one tensor with v there.
     norms = shape.head_norms * (queries + 2 * keys) + shape.output_norms * hidden
     # the block's input; q, k, v; attention's output; the residual in the middle; gate and up

@@ -143,7 +143,7 @@ def planner_for(
     task = task or config.task or guess_task(source)
     shape = ModelShape.of(source, task)
     threads = config.threads or hardware.physical_cores()
-    matmul = gemm.choose(threads)
+    matmul = gemm.choose(threads, config.compute)
     rate = matrix_rate(threads, matmul)
     memory.forget_code()
     process = round(hardware.rss_mb() * MB)
@@ -221,7 +221,7 @@ def piece_of(lengths: Sequence[int], supervised: float, *, padded: bool) -> Piec
 
     targets = round(supervised * sum(lengths))
     if padded:
-        return Piece(len(lengths) * max(lengths), targets)
+        return Piece(len(lengths) * max(lengths), targets, longest=max(lengths))
     starts = list(itertools.accumulate((length - 1 for length in lengths), initial=0))
     runs = lay_out_documents(starts).runs
     padding = sum(documents * length for documents, length in runs) - starts[-1]

@@ -6,7 +6,7 @@ import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edgelora.models.source import ModelSource
@@ -30,6 +30,8 @@ class ModelShape:
     merged_bytes: int | None = None  # bytes of the weights where they are on the grid already
     head_norms: bool = False  # queries and keys are normed
     output_norms: int = 0  # norms of the outputs of attention and MLP
+    dropout: bool = False  # an encoder's own, of hidden states
+    scored_heads: int = 0  # heads of an encoder whose attention has dropout: torch keeps their scores then
 
     @classmethod
     def of(cls, source: ModelSource, task: str) -> ModelShape:
@@ -74,6 +76,7 @@ class ModelShape:
         linears = tuple((path, shape[0], shape[1]) for path, shape in matrices if layer_of(path) is not None)
         config = source.config
         hidden = next(int(config[key]) for key in ("hidden_size", "dim", "d_model") if key in config)
+        heads = next((int(config[key]) for key in ("num_attention_heads", "n_heads") if key in config), 0)
         return cls(
             encoder=True,
             layers=len({layer_of(path) for path, _, _ in linears}),
@@ -86,6 +89,8 @@ class ModelShape:
             linears=linears,
             tables=tables,
             merged_bytes=_merged_bytes(source),
+            dropout=_rate(config, "hidden_dropout_prob", "dropout") > 0,
+            scored_heads=heads if _rate(config, "attention_probs_dropout_prob", "attention_dropout") > 0 else 0,
         )
 
     @property
@@ -127,6 +132,11 @@ def targeted(shape: ModelShape, wanted: str, rank: int, ranks: Mapping[str, int]
 
     paths = choose_targets([path for path, _, _ in shape.linears], wanted)
     return tuple((path, from_pattern(ranks or {}, path, rank)) for path in paths)
+
+
+def _rate(config: Mapping[str, Any], *names: str) -> float:
+    """Return the first of some rates that a config names; without one, what BERT's classes take."""
+    return next((float(config[name]) for name in names if config.get(name) is not None), 0.1)
 
 
 def _merged_bytes(source: ModelSource) -> int | None:

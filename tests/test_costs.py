@@ -104,6 +104,45 @@ def test_a_kept_block_keeps_what_the_formula_says(
     assert sum(saved.values()) == pytest.approx(expected, rel=0.03)
 
 
+@pytest.mark.parametrize(
+    ("family", "dropout", "length"), [("bert", 0.0, 64), ("bert", 0.1, 64), ("bert", 0.1, 256), ("distilbert", 0.0, 64)]
+)
+def test_a_kept_layer_of_an_encoder_keeps_what_the_formula_says(
+    family: str, dropout: float, length: int, tmp_path: Path
+) -> None:
+    """With dropout torch's attention keeps its scores."""
+    import torch
+
+    from edgelora.adapters.inject import attach
+    from edgelora.adapters.lora import LoRASettings
+    from edgelora.models.load import load_model
+
+    names = (
+        ("attention_dropout", "dropout") if family == "distilbert" else ("attention_probs_dropout_prob", "hidden_dropout_prob")
+    )
+    widths = {"dim": 128, "hidden_dim": 512} if family == "distilbert" else {"hidden_size": 128, "intermediate_size": 512}
+    folder = tiny.save_encoder(tmp_path / "model", family, **widths, **dict.fromkeys(names, dropout))
+    source = open_model(str(folder))
+    shape, model = ModelShape.of(source, "text-classification"), load_model(source, "text-classification", base_bits=32)
+    attach(model, LoRASettings(rank=8), "all-linear")
+    saved: dict[int, int] = {}
+    frozen = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in frozen and x.numel() >= 4 * length * 4:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    ids = torch.full((4, length), 7)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        logits = model.train().logits(ids, torch.ones_like(ids))
+    assert logits.requires_grad
+    settings, piece = Settings(32, 4, 2, targets=targeted(shape, "all-linear", 8)), piece_of([length] * 4, 0.1, padded=True)
+    block = costs.kept_values(shape, piece) + piece.tokens * costs.low_per_token(shape, settings)
+    assert sum(saved.values()) == pytest.approx(4 * shape.layers * block, rel=0.05)
+
+
 def test_less_is_kept_where_blocks_are_computed_again(shape: ModelShape) -> None:
     deep, targets = dataclasses.replace(shape, layers=8), targeted(shape, "all-linear", 8)
 

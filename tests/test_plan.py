@@ -13,11 +13,12 @@ import tiny
 
 from edgelora import choose, costs, hardware, planner
 from edgelora.choose import Line
+from edgelora.closing import Closing
 from edgelora.config import FinetuneConfig, replace
 from edgelora.costs import Piece
 from edgelora.errors import MachineError, SettingsError
 from edgelora.models.source import ModelSource, open_model
-from edgelora.plan import Plan
+from edgelora.plan import LONGEST_WRITING, Plan
 from edgelora.planner import Planner
 
 LENGTHS = np.full(64, 2000, dtype=np.int64)  # so many that activations are most of the memory
@@ -36,7 +37,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> ModelSource:
 def _steady(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process of 250 MB on a machine of 10 GFLOP/s."""
     monkeypatch.setattr(hardware, "rss_mb", lambda: 250.0)
-    monkeypatch.setattr("edgelora.models.gemm.choose", lambda threads: "blas")
+    monkeypatch.setattr("edgelora.models.gemm.choose", lambda threads, compute=None: "blas")
     monkeypatch.setattr("edgelora.planner.matrix_rate", lambda threads, matmul: 10.0)
 
 
@@ -169,6 +170,32 @@ def test_more_work_takes_longer(source: ModelSource) -> None:
     assert long.tokens == 2 * short.tokens == 8 * 8 * 2000
     assert long.seconds == pytest.approx(2 * short.seconds, abs=0.2)
     assert long.total_seconds > long.seconds
+
+
+def test_later_epochs_do_not_compute_the_frozen_blocks_again(source: ModelSource) -> None:
+    def seconds(**settings: object) -> float:
+        return planner_of(source, ram="10GB", schedule="constant", **settings).plan()[1].seconds
+
+    upper = "model.layers.5.mlp.down_proj"
+    first, later = (seconds(target_modules=upper, epochs=epochs) for epochs in (1, 3))
+    assert later / first == pytest.approx(1 + 2 * 2 / 7, rel=0.2)  # of 6 blocks forward and 1 backward, 1 and 1
+    assert seconds(epochs=3) == pytest.approx(3 * seconds(epochs=1), rel=0.01)
+
+
+def test_answers_are_not_generated_where_that_takes_longer_than_training(source: ModelSource) -> None:
+    few, many = (
+        planner.planner_for(
+            source, LENGTHS // 100, FinetuneConfig(ram=10 << 30, max_steps=1), valid=Closing(rows, 20 * rows, 10 * rows, 20, 10)
+        ).plan()[0]
+        for rows in (16, 16000)
+    )
+    assert few.too_long_to_write is None
+    assert few.total_seconds > few.seconds + 2 * few.writing_seconds
+    assert many.writing_seconds > LONGEST_WRITING > many.seconds
+    assert many.total_seconds < many.writing_seconds
+    assert many.notes[-1].startswith("no answers are generated for the closing table: each time would take about ")
+    training = dataclasses.replace(many, seconds=many.writing_seconds + 1)
+    assert training.too_long_to_write is None
 
 
 def test_pieces_are_those_of_training() -> None:

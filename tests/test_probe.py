@@ -117,7 +117,7 @@ def measured(planner: Planner, fixed: int, slope: float, pace: float) -> list[Me
     found = []
     for tokens in (100_000, 100_000, 200_000):
         piece = Piece(tokens, tokens // 2)
-        heap = costs.ALLOCATOR[settings.keep_bits] * costs.activation_bytes(shape, settings, piece)
+        heap = costs.heap_factor(shape, settings) * costs.activation_bytes(shape, settings, piece)
         seconds = pace * speed.piece_seconds(shape, settings, tokens, tokens // 2)
         found.append(Measured(piece, seconds, round(resident + fixed + slope * heap)))
     return found

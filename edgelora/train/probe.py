@@ -7,6 +7,7 @@ formulas of costs.py and speed.py give how memory and time go on from there to t
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import threading
 import time
@@ -19,6 +20,7 @@ import torch
 from edgelora import console, costs, hardware, memory, speed
 from edgelora.costs import Correction, Piece
 from edgelora.models.predictor import to_tensors
+from edgelora.planner import piece_of
 from edgelora.tasks.base import Example
 
 if TYPE_CHECKING:
@@ -94,8 +96,8 @@ class Probe:
         seconds = time.perf_counter() - started
         lengths = [len(example) for example in examples]
         padded = "input_ids" in batch  # packed rows have no padding
-        tokens = len(lengths) * max(lengths) if padded else sum(lengths)
-        return Measured(Piece(tokens, counted), seconds, peak)
+        piece = piece_of(lengths, 1.0, padded=padded)
+        return Measured(dataclasses.replace(piece, supervised=counted), seconds, peak)
 
     def _forget(self) -> None:
         for parameter in self.model.parameters():
@@ -159,7 +161,7 @@ def correct(planner: Planner, choice: Choice, found: Sequence[Measured]) -> tupl
     """
     shape, settings = planner.situation.shape, choice.settings
     small, large = found[-2], found[-1]
-    heap = costs.ALLOCATOR[settings.keep_bits]
+    heap = costs.heap_factor(shape, settings)
     kept = [heap * costs.activation_bytes(shape, settings, part.piece) for part in (small, large)]
     slope = 1.0
     if kept[1] - kept[0] > CLEAR:
