@@ -66,7 +66,7 @@ def show_rounding(result: Mapping[str, Any]) -> None:
     "--combine", "method", default="linear", show_default=True, metavar="RULE", help="linear, ties, dare_linear or dare_ties."
 )
 @click.option("--density", type=float, default=0.5, show_default=True, help="What TIES and DARE keep of each adapter.")
-@click.option("--model", help="The base model, where RUN does not name it or has moved.")
+@click.option("--model", help="The base model, where RUN does not name it or has moved; alone, it is rounded as it is.")
 @click.option("--precision", type=click.Choice(["int4", "int8", "fp32"]), default=None, help="Default: the run's, else int4.")
 @rounding_options
 @click.option(
@@ -90,7 +90,7 @@ def merge(run: Path | None, out: Path, **options: Any) -> dict[str, Any]:
     rule = {name: options.pop(name) for name in ("adapters", "weights", "method", "density")}
     adapters: tuple[Path, ...] = rule["adapters"]
     options["adapter"] = recipe_of(**rule)
-    if run is None and options["adapter"] is None:
+    if run is None and options["adapter"] is None and options["model"] is None:
         raise SettingsError("nothing to merge: neither a RUN nor --adapter", hint="edgelora merge RUN -o MERGED")
     if run is not None and options["adapter"] is not None:
         raise SettingsError("RUN and --adapter are both given; a merge takes one adapter", hint="leave one of them out")
