@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 BLOCK_SIZE = 32
 ROUNDED = "rounded.safetensors"
+LEAST_START_BITS = 16  # of the base, for a start of its own beside it
 LEAST_BASE_BITS = 8  # a base kept in 4 bits is rounded already: W0, which the merge rounds, is not known any more
 
 
@@ -52,7 +53,10 @@ def choose_grid(model: Decoder | Encoder, config: FinetuneConfig) -> dict[str, A
         errors = {path: relative_error(layer.weight_fp32(), 4, BLOCK_SIZE) for path, layer in linears.items()}
     bits = choose_bits(config.precision, shapes, errors, ())
     grid = {"precision": config.precision, "block_size": BLOCK_SIZE, "bits": bits}
-    return {**grid, "start": config.grid_start, "scales": config.grid_scales, "warmup": config.grid_warmup}
+    # The start is kept beside W0 (train/start.py): not where the memory leaves W0 no more than 8 bits.
+    roomy = min(layer.bits for layer in linears.values()) >= LEAST_START_BITS
+    begin = config.grid_start if roomy and PRECISION_BITS[config.precision] == 4 else "nearest"
+    return {**grid, "start": begin, "scales": config.grid_scales, "warmup": config.grid_warmup}
 
 
 @contextmanager
