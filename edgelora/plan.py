@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgelora.console import show_time
+from edgelora import console
 
 if TYPE_CHECKING:
     from edgelora.config import FinetuneConfig
@@ -52,7 +52,7 @@ class Plan:
         """Why answers are not generated for the closing table; None where they are."""
         if self.writing_seconds <= max(self.seconds, LONGEST_WRITING):
             return None
-        took, training = show_time(self.writing_seconds), show_time(self.seconds)
+        took, training = console.show_time(self.writing_seconds), console.show_time(self.seconds)
         return f"no answers are generated for the closing table: each time would take about {took}, training takes {training}"
 
     def keeping(self, folder: Path) -> Keeping:
@@ -60,6 +60,21 @@ class Plan:
         from edgelora.models.recompute import Keeping
 
         return Keeping(self.kept_blocks, self.keep_bits, self.kept_file(folder) if self.keep_in_file else None)
+
+    def show(self, rows: int, steps: int, adapters: int) -> None:
+        """Draw the plan of a run as a table."""
+        row = {
+            "rows": rows,
+            "steps": steps,
+            "adapters": adapters,
+            "base bits": self.base_bits,
+            "micro-batch": self.micro_batch,
+            "kept blocks": self.kept_blocks,
+            "threads": self.threads,
+            "peak": console.show_mb(self.predicted_peak_mb),
+            "time": console.show_time(self.seconds),
+        }
+        console.table("plan", [row])
 
     @staticmethod
     def kept_file(folder: Path) -> Path:

@@ -196,7 +196,7 @@ def test_a_run_is_merged_and_scored_again(model: Path, tmp_path: Path) -> None:
     trained = finetune(str(model), str(tmp_path / "rows.jsonl"), tmp_path / "run", config)
     result = export(str(tmp_path / "run"), tmp_path / "bundle")
     table = {row["what"]: row for row in result["table"]}
-    assert list(table) == ["base", "adapter", "merged", "onnx"]
+    assert list(table) == ["base", "fp32 adapter", "adapter", "merged fp32", "merged", "onnx"]
     assert table["adapter"]["loss"] == trained["valid"]["loss"]
     assert table["onnx"]["loss"] == pytest.approx(table["merged"]["loss"], **tolerances.LOSS_INT8_ACTIVATIONS)
     manifest = open_bundle(tmp_path / "bundle").manifest

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgelora import console, folder, hardware, held_out, memory
+from edgelora import console, folder, held_out, memory
 from edgelora.adapters import inject, peft_format
 from edgelora.adapters.initialize import refuse_combinations
 from edgelora.adapters.scales import LEARNING_RATE, scaled_layers
@@ -21,6 +21,7 @@ from edgelora.data.prepare import Prepared, prepare
 from edgelora.data.store import Store
 from edgelora.errors import DataError, FolderError, Interrupted
 from edgelora.held_out import Closing, HeldOut
+from edgelora.models import gemm
 from edgelora.models.predictor import TorchPredictor
 from edgelora.models.source import ModelSource, open_model
 from edgelora.planner import make_planner
@@ -34,7 +35,7 @@ from edgelora.train.loading import Stages, load, load_planned, round_as_shipped
 from edgelora.train.loop import Job, Trainer
 from edgelora.train.observe import observe
 from edgelora.train.prefix import PrefixedPredictor, Prefixes, open_prefixes
-from edgelora.train.run import DATA, Run, copy_model_files, length_limit
+from edgelora.train.run import DATA, Run, copy_model_files, length_limit, outcome
 from edgelora.train.scales_grid import trains_scales
 from edgelora.train.start import start_on_grid
 
@@ -153,7 +154,8 @@ class Training:
             self.stages.add(trainer.state.seconds)
             console.say(f"resumed after step {trainer.state.step} of {trainer.job.num_steps}")
         else:
-            self.show_plan(trainer.job.num_steps)
+            adapters = len(inject.adapters(self.model)) + len(scaled_layers(self.model))
+            self.plan.show(len(self.store), trainer.job.num_steps, adapters)
             with self.stages.time("observe"):
                 observe(trainer.job)
         self.keep_prefixes(trainer)
@@ -254,33 +256,15 @@ class Training:
         # Block scales compute with what ships, and with nothing else: there is no rounding to compare with.
         precision = None if trains_scales(self.config) else self.run.grid.get("precision")
         bits = self.plan.base_bits
-        return held_out.closing(
-            held, self.predictor(), base, precision=precision, base_bits=bits, generate=self.writes_answers()
-        )
+        with gemm.exact():
+            return held_out.closing(
+                held, self.predictor(), base, precision=precision, base_bits=bits, generate=self.writes_answers()
+            )
 
     def writes_answers(self) -> bool:
         """Whether answers are generated for the closing table: short ones, where the plan has the time."""
         masks = [example.arrays.get("supervised") for example in self.valid]
         return short_answers(masks) and self.plan.too_long_to_write is None
-
-    def show_plan(self, num_steps: int) -> None:
-        plan = self.plan
-        console.table(
-            "plan",
-            [
-                {
-                    "rows": len(self.store),
-                    "steps": num_steps,
-                    "adapters": len(inject.adapters(self.model)) + len(scaled_layers(self.model)),
-                    "base bits": plan.base_bits,
-                    "micro-batch": plan.micro_batch,
-                    "kept blocks": plan.kept_blocks,
-                    "threads": plan.threads,
-                    "peak": console.show_bytes(plan.predicted_peak_mb * (1 << 20)),
-                    "time": console.show_time(plan.seconds),
-                }
-            ],
-        )
 
     def finish(self, state: State, closed: Closing) -> dict[str, Any]:
         """Complete the manifest and return the figures."""
@@ -288,20 +272,7 @@ class Training:
         if self.run.grid:
             digests = {path: digest(tensor) for path, tensor in inject.rounded_layers(self.model, self.run.grid)}
             self.run = dataclasses.replace(self.run, grid={**self.run.grid, "digests": digests})
-        peak = max(state.peak_rss_mb, hardware.peak_rss_mb())
-        figures = {
-            "steps": state.step,
-            "tokens": state.tokens,
-            "tokens_per_s": state.timed_tokens / state.timed_seconds if state.timed_seconds else None,
-            "peak_rss_mb": peak,
-            "predicted_peak_mb": self.plan.predicted_peak_mb,
-            "peak_error": peak / self.plan.predicted_peak_mb - 1.0,
-            "train_loss": state.train_loss,
-            "valid": closed.adapter,
-            "table": closed.results,
-            "best_step": state.best["step"],
-            "seconds": {name: round(value, 3) for name, value in self.stages.seconds.items()},
-        }
+        figures = outcome(state, self.plan, self.stages.seconds) | {"valid": closed.adapter, "table": closed.results}
         # The results are recorded before the checkpoint goes, so that a kill in between loses nothing.
         self.run.write(self.out, complete=False, results=closed.results, figures=figures)
         console.say(f"adapter of step {state.best['step']} in {self.out}")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgelora import hardware
 from edgelora.config import FinetuneConfig
 from edgelora.errors import FolderError, SettingsError
 from edgelora.folder import read_manifest, write_json, write_manifest
@@ -16,6 +17,7 @@ from edgelora.tokenizer import TOKENIZER_FILES
 
 if TYPE_CHECKING:
     from edgelora.models.source import ModelSource
+    from edgelora.train.checkpoint import State
 
 DATA = "data"
 
@@ -81,6 +83,22 @@ class Run:
                 "\n  ".join(["a resumed run keeps its settings:", *problems]),
                 hint="leave them out, or start again with --overwrite",
             )
+
+
+def outcome(state: State, plan: Plan, seconds: dict[str, float]) -> dict[str, Any]:
+    """Return the figures of a finished training, `seconds` by stage among them."""
+    peak = max(state.peak_rss_mb, hardware.peak_rss_mb())
+    return {
+        "steps": state.step,
+        "tokens": state.tokens,
+        "tokens_per_s": state.timed_tokens / state.timed_seconds if state.timed_seconds else None,
+        "peak_rss_mb": peak,
+        "predicted_peak_mb": plan.predicted_peak_mb,
+        "peak_error": peak / plan.predicted_peak_mb - 1.0,
+        "train_loss": state.train_loss,
+        "best_step": state.best["step"],
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+    }
 
 
 def copy_model_files(source: ModelSource, labels: list[str], folder: Path) -> None:
