@@ -14,7 +14,7 @@ from edgelora import console
 from edgelora.data.check import Problems, check_columns, map_columns, peek_columns
 from edgelora.data.files import find_files
 from edgelora.data.read import iterate_file
-from edgelora.errors import DataError, FolderError, SettingsError, did_you_mean
+from edgelora.errors import DataError, FolderError, MachineError, SettingsError, did_you_mean
 from edgelora.folder import MANIFEST, read_manifest
 from edgelora.tasks import get_task, guess_task
 from edgelora.tokenizer import Tokenizer
@@ -151,7 +151,10 @@ def load_torch(
     torch.set_num_threads(threads or physical_cores())
     source = open_model(str(target), trust_remote_code=trust_remote_code)
     labels = list(manifest["labels"]) if manifest else config_labels(source.config) if task.has_labels else []
-    base_bits = 32 if float_ or kind != "run" else int(manifest["plan"]["base_bits"])
+    if kind == "run" and not float_:
+        base_bits = int(manifest["plan"]["base_bits"])
+    else:
+        base_bits = 32 if kind == "merged" else float_bits(source, str(target))
     scaled = kind == "run" and manifest["settings"].get("method") == "scales"
     if scaled and float_:
         raise SettingsError(f"{target} has trained the scales of integers: it has no float base", hint="leave out --float")
@@ -167,6 +170,18 @@ def load_torch(
     collate = functools.partial(task.collate, pad_token_id=tokenizer.pad_token_id or 0)
     max_length = (manifest.get("settings") or {}).get("max_length") or model_length(source.config)
     return Target(kind, task, labels, folder, max_length, TorchPredictor(model, collate))
+
+
+def float_bits(source: ModelSource, target: str) -> int:
+    """Return 32, or 16 where fp32 weights do not fit the memory. Raises MachineError where these do not either."""
+    from edgelora.held_out import affordable_bits
+
+    bits = affordable_bits(source)
+    if bits is None:
+        raise MachineError(f"{target} does not fit the memory in 16 bits", hint="evaluate a bundle: edgelora export")
+    if bits < 32:
+        console.say(f"the weights do not fit the memory in fp32: they are kept in {bits} bits")
+    return bits
 
 
 def apply_adapter(model: Any, source: ModelSource, run: Path, manifest: dict[str, Any]) -> None:

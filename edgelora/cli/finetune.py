@@ -38,6 +38,9 @@ def finetune(
     from edgelora.train.finetune import finetune as train  # seconds of imports: after what can be refused at once
 
     result = train(model, data, out, config, resume=resume, overwrite=overwrite)
+    from edgelora.report import shown
+
+    console.table("Held-out rows", shown(result["table"]))
     console.facts("", summary(result))
     console.say(f"next: edgelora export {out} -o BUNDLE")
     return result
