@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertForSequenceClassification, BertModel
+from safetensors.torch import load_file, save_file
+from transformers import BertForSequenceClassification, BertModel, LlamaConfig, LlamaForCausalLM
 
+from edgelora.adapters.peft_config import CONFIG
 from edgelora.errors import FolderError, ModelError, SettingsError
 from edgelora.folder import write_json, write_manifest
 from edgelora.merge import merge
@@ -116,3 +118,44 @@ def test_wrong_settings_are_refused(tmp_path: Path) -> None:
         merge(None, tmp_path / "out", model="x", block_size=48)
     with pytest.raises(SettingsError, match="nothing to merge"):
         merge(None, tmp_path / "out")
+
+
+def test_a_base_of_packed_weights_is_refused(tmp_path: Path) -> None:
+    reference = Path(saved(tiny_llama(), tmp_path / "model"))
+    tensors = load_file(reference / "model.safetensors")
+    path = "model.layers.0.self_attn.q_proj.weight"
+    tensors |= {path: torch.zeros(64 * 64 // 2, 1, dtype=torch.uint8), f"{path}.absmax": torch.zeros(64)}
+    save_file(tensors, reference / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((reference / "config.json").read_text())
+    packed = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    write_json(reference / "config.json", {**config, "quantization_config": packed})
+    with pytest.raises(ModelError, match=r"holds weights packed by bitsandbytes \(nf4\)"):
+        merge(None, tmp_path / "out", model=str(reference))
+
+
+def test_the_base_and_the_task_of_an_adapter_are_held_against_the_model(tmp_path: Path) -> None:
+    model = tiny_bert()
+    reference = saved(model, tmp_path / "model")
+    peft_adapter(model, tmp_path / "adapter", target_modules=["query"], task_type="SEQ_CLS")
+    config = json.loads((tmp_path / "adapter" / CONFIG).read_text())
+    write_json(tmp_path / "adapter" / CONFIG, {**config, "base_model_name_or_path": "somebody/another-bert"})
+    with pytest.raises(SettingsError, match=r'nothing to merge.*; the adapter was trained on "somebody/another-bert"'):
+        merge(None, tmp_path / "out", adapter=tmp_path / "adapter")
+    result = merge(None, tmp_path / "out", adapter=tmp_path / "adapter", model=reference)
+    assert result["notes"][0].startswith('the adapter was trained on "somebody/another-bert" and goes into ')
+    write_json(tmp_path / "adapter" / CONFIG, {**config, "task_type": "TOKEN_CLS"})
+    with pytest.raises(FolderError, match="the adapter is for the task TOKEN_CLS; EdgeLoRA ships CAUSAL_LM"):
+        merge(None, tmp_path / "out2", adapter=tmp_path / "adapter", model=reference)
+
+
+def test_every_misfit_is_listed(tmp_path: Path) -> None:
+    small = LlamaForCausalLM(LlamaConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    ))  # fmt: skip
+    peft_adapter(small, tmp_path / "adapter", target_modules=["q_proj", "down_proj"])
+    with pytest.raises(FolderError) as caught:
+        merge(None, tmp_path / "out", adapter=tmp_path / "adapter", model=saved(tiny_llama(), tmp_path / "model"))
+    lines = caught.value.message.splitlines()
+    assert lines[0] == "the adapter was made for tensors of other shapes:"
+    assert sorted(lines[1:])[0] == "  model.layers.0.mlp.down_proj is adapted as [32, 80], the model's is [64, 80]"
+    assert len(lines) == 5

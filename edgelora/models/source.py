@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from edgelora.errors import ModelError
@@ -23,6 +24,8 @@ from edgelora.models.weights import folder_entries, read_entry, read_entry_rows
 if TYPE_CHECKING:
     from edgelora.quant.checkpoint import MergedCheckpoint
     from edgelora.quant.grid import QuantizedTensor
+
+PACKED = (torch.uint8, torch.int8, torch.int32)
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,8 @@ def _open_folder(path: Path, reference: str, license_name: str | None, trust_rem
             )
     _refuse_pickles(path)
     entries = canonical_names(folder_entries(path), config)
+    if any(entry.dtype in PACKED for entry in entries.values()):
+        _refuse_packed(reference, config)
     files = sorted({entry.path for entry in entries.values()})
     mark = fingerprint([path / "config.json", *files])
     folder = path if (path / "tokenizer.json").is_file() else _with_tokenizer(path, mark)
@@ -189,6 +194,18 @@ def _open_merged(path: Path, reference: str, manifest: dict[str, Any]) -> ModelS
     weights, known = path / WEIGHTS, model.get("license")
     mark, modified = fingerprint([weights]), _modified([weights])
     return ModelSource(reference, "merged", path, read_config(path), known, mark, tensors, checkpoint, modified=modified)
+
+
+def _refuse_packed(reference: str, config: dict[str, Any]) -> None:
+    """Raise ModelError for weights that bitsandbytes, GPTQ, AWQ and the like have packed into integers of their own."""
+    form = config.get("quantization_config")
+    if isinstance(form, dict) and form.get("quant_method"):
+        kind = form.get("bnb_4bit_quant_type") if form.get("load_in_4bit") else None
+        raise ModelError(
+            f"{reference} holds weights packed by {form['quant_method']}{f' ({kind})' if kind else ''}; "
+            "16 or 32 bits, GGUF and merged folders are read",
+            hint="name the model that it was made from: an adapter that was trained over it fits that one",
+        )
 
 
 def _refuse_pickles(path: Path) -> None:
