@@ -95,8 +95,8 @@ class Planner:
             notes=self.notes(chosen, wanted),
             writing_seconds=round(writing, 1),
         )
-        # Scored are the base, the adapter as often as is asked for, and once more for the closing table.
-        scoring = first + (1 + max(1, situation.config.evaluations)) * later
+        # Scored are the base and the adapter as often as is asked for; once more for the closing table, and there unrounded too.
+        scoring = (2 + (situation.config.precision != "fp32")) * first + (1 + max(1, situation.config.evaluations)) * later
         reason = plan.too_long_to_write
         total = seconds + scoring + (0.0 if reason else 2 * writing)
         return dataclasses.replace(plan, total_seconds=round(total, 1), notes=plan.notes + ([reason] if reason else []))
