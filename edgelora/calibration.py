@@ -74,9 +74,10 @@ class Calibration:
         """Return the task's metrics of a torch model on the held-out rows, without those of generated text; {} without rows."""
         return self._score(model, self.held_out, self.rows)
 
-    def loss(self, model: Any) -> float:
-        """Return the loss on the rows that are rounded with."""
-        return self._score(model, self.examples, [{}] * len(self.examples))["loss"]
+    def loss(self, model: Any, examples: Sequence[Example] | None = None) -> float:
+        """Return the loss on the rows that are rounded with, or on some of them."""
+        taken = self.examples if examples is None else examples
+        return self._score(model, taken, [{}] * len(taken))["loss"]
 
     def _score(self, model: Any, examples: Sequence[Example], rows: Sequence[Row]) -> dict[str, float]:
         from edgelora.models.predictor import TorchPredictor

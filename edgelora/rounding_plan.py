@@ -14,6 +14,7 @@ from edgelora import calibration, console, hardware
 from edgelora.adapters.merged_source import merged_source, merged_weight
 from edgelora.calibration import Calibration
 from edgelora.errors import SettingsError
+from edgelora.levels import choose_levels
 from edgelora.models.load import load_model
 from edgelora.models.walk import walk_through
 from edgelora.quant.bits import PRECISION_BITS, Choice, choose_bits
@@ -57,6 +58,7 @@ class RoundingPlan:
     accuracy_levels: dict[str, int] = field(default_factory=dict)
     trade: list[dict[str, Any]] = field(default_factory=list)
     trained: RoundedLayers | None = None  # those that on-grid training computed with
+    rows: Calibration | None = None  # that the layers were rounded with; the result is measured on those held out (shipped.py)
 
     def tensor(self, path: str, weight_NK: torch.Tensor) -> QuantizedTensor:
         """Return the layer at `path` as it ships."""
@@ -144,9 +146,9 @@ def rounded_with_rows(inputs: Inputs, rows: Calibration, choices: dict[str, Choi
     assert method in METHODS
     adapted = inputs.adapted
     layout = adapted.layout
-    model, scores, _ = load_merged(inputs, rows)
+    model, _, _ = load_merged(inputs, rows, scored=False)
     weight = functools.partial(merged_weight, adapted)
-    plan = RoundingPlan(choices, method)
+    plan = RoundingPlan(choices, method, rows=rows)
     for path in layout.embeddings:
         plan.tensors[path] = plan.tensor(path, weight(path))
         put(model, path, plan.tensors[path])
@@ -159,13 +161,12 @@ def rounded_with_rows(inputs: Inputs, rows: Calibration, choices: dict[str, Choi
             bar.update(1)
     if method == "gptq" and narrow:
         console.say(f"{narrow} layers have too many inputs for GPTQ: clipped, weighted by the size of their inputs")
-    if rows.held_out:
-        scores.append({"what": "merged, rounded", **rows.score(model)})
-    plan.facts = {"method": method, **rows.facts, "results": scores}
+    plan.accuracy_levels, losses = choose_levels(model, rows)
+    plan.facts = {"method": method, **rows.facts, "activations": losses}
     return plan
 
 
-def load_merged(inputs: Inputs, rows: Calibration) -> tuple[Any, list[dict[str, Any]], bool]:
+def load_merged(inputs: Inputs, rows: Calibration, *, scored: bool) -> tuple[Any, list[dict[str, Any]], bool]:
     """Return the merged model, its score in fp32 on held-out rows, and whether its weights are there.
 
     One that is too large for the memory comes without weights in its linear layers, and without a score.
@@ -175,7 +176,7 @@ def load_merged(inputs: Inputs, rows: Calibration) -> tuple[Any, list[dict[str, 
     source = merged_source(inputs.adapted, inputs.labels, linears=fits)
     with console.progress("loading the merged model"):
         model = load_model(source, inputs.task, base_bits=32, labels=inputs.labels).eval()
-    if not fits or not rows.held_out:
+    if not fits or not (rows.held_out and scored):
         return model, [], fits
     with console.progress(f"scoring it in fp32 on {len(rows.held_out)} held-out rows"):
         return model, [{"what": "merged, fp32", **rows.score(model)}], fits

@@ -28,6 +28,7 @@ from edgelora import console
 from edgelora.adapters.merged_source import merged_weight
 from edgelora.calibration import Calibration
 from edgelora.errors import MachineError, SettingsError
+from edgelora.levels import choose_levels
 from edgelora.models.walk import walk_through
 from edgelora.quant import mixed
 from edgelora.quant.bits import Choice
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 CANDIDATES = (Choice(4, 32), Choice(4, 64), Choice(4, 128), Choice(8, 64))
 TABLES = (Choice(8, 32), Choice(4, 32))  # embedding and LM head
 BISECTIONS = 8
-MARGIN = 64 << 10  # bytes for headers and the manifest
+MANIFEST_BYTES = 1 << 10  # of a layer, for its lines in the manifest and the header of the weights
 
 
 @dataclass
@@ -93,7 +94,7 @@ def search(inputs: Inputs, rows: Calibration, wish: Wish, shapes: Mapping[str, t
     from edgelora.rounding_plan import RoundingPlan, load_merged
 
     with tempfile.TemporaryDirectory(dir=staging.parent, prefix=f"{staging.name}.") as folder:
-        model, scores, fits = load_merged(inputs, rows)
+        model, scores, fits = load_merged(inputs, rows, scored=True)
         if not fits:
             raise MachineError(
                 "--size and --loss need the merged model in fp32 in memory, which is too large for this machine",
@@ -107,19 +108,21 @@ def search(inputs: Inputs, rows: Calibration, wish: Wish, shapes: Mapping[str, t
         options = {name: predict(paths, candidates, costs) for name, paths in groups.items()}
         measure = Measure(model, rows, candidates, groups)
         options |= measure.tables(tables)
-        fixed = MARGIN + fixed_bytes(inputs, shapes)
+        fixed = fixed_bytes(inputs, shapes)
         rungs = mixed.ladder(options)
         number = measure.choose(rungs, wish, fixed, least)
         trade = measure.trade(rungs, number, fixed, least)
         chosen = {path: rungs[number][name].choice for name, paths in groups.items() for path in paths}
-        plan = RoundingPlan(chosen, "gptq")
+        plan = RoundingPlan(chosen, "gptq", rows=rows)
         # The file goes away with its folder: these are copies.
         for path, choice in chosen.items():
             found = candidates.read(path, choice)
             plan.tensors[path] = QuantizedTensor(found.codes.clone(), found.scales.clone(), *grid(found))
         scores.append({"what": "merged, rounded", **measure.score(rungs, number)})
+        measure.put_together(rungs[number])
+        plan.accuracy_levels, losses = choose_levels(model, rows)
     target = {"size": wish.size} if wish.size is not None else {"loss": wish.loss}
-    plan.facts, plan.trade = {"method": "gptq", **target, **rows.facts, "results": scores}, trade
+    plan.facts, plan.trade = {"method": "gptq", **target, **rows.facts, "results": scores, "activations": losses}, trade
     return plan
 
 
@@ -128,13 +131,15 @@ def grid(tensor: QuantizedTensor) -> tuple[int, int, int]:
 
 
 def fixed_bytes(inputs: Inputs, shapes: Mapping[str, tuple[int, int]]) -> int:
-    """Return the bytes of the merged folder that no choice changes: plain tensors and the tokenizer's files."""
+    """Return the bytes of the merged folder that no choice changes: plain tensors, the tokenizer's files, the manifest."""
     from edgelora.tokenizer import TOKENIZER_FILES
 
     adapted = inputs.adapted
     plain = [name for name in adapted.layout.names() if name.removesuffix(".weight") not in shapes or name.endswith(".bias")]
-    files = [inputs.folder / name for name in TOKENIZER_FILES]
-    return 4 * sum(math.prod(adapted.shape(name)) for name in plain) + sum(f.stat().st_size for f in files if f.is_file())
+    files = [path for name in TOKENIZER_FILES if (path := inputs.folder / name).is_file()]
+    weights = 4 * sum(math.prod(adapted.shape(name)) for name in plain)
+    notes = MANIFEST_BYTES * (len(shapes) + len(plain) // 4 + 16 + len(inputs.labels) // 4)
+    return weights + sum(path.stat().st_size for path in files) + notes
 
 
 def round_candidates(model: Any, inputs: Inputs, rows: Calibration, candidates: Candidates) -> dict[str, list[str]]:
@@ -199,14 +204,18 @@ class Measure:
 
     def score(self, rungs: Sequence[Assignment], number: int) -> dict[str, float]:
         if number not in self.scores:
-            for name, paths in self.groups.items():
-                choice = rungs[number][name].choice
-                for path in paths:
-                    if self._now.get(path) != choice:
-                        put(self.model, path, self.candidates.read(path, choice))
-                        self._now[path] = choice
+            self.put_together(rungs[number])
             self.scores[number] = self.rows.score(self.model) or {"loss": self.rows.loss(self.model)}
         return self.scores[number]
+
+    def put_together(self, assignment: Assignment) -> None:
+        """Let the model compute with the layers as the assignment stores them."""
+        for name, paths in self.groups.items():
+            choice = assignment[name].choice
+            for path in paths:
+                if self._now.get(path) != choice:
+                    put(self.model, path, self.candidates.read(path, choice))
+                    self._now[path] = choice
 
     def choose(self, rungs: Sequence[Assignment], wish: Wish, fixed: int, least: float) -> int:
         """Return the number of the rung that keeps the limit: the best of a size, or the smallest of a loss.

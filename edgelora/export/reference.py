@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -32,8 +32,8 @@ def round_to_int8(x: Tensor, block_size: int) -> Tensor:
 
 
 @contextmanager
-def rounded_activations(model: nn.Module) -> Iterator[None]:
-    """Let every quantized linear of `model` see its input as the accuracy_level 4 kernels do."""
+def rounded_activations(model: nn.Module, exact: Container[str] = ()) -> Iterator[None]:
+    """Let every quantized linear of `model`, but those at the paths `exact`, see its input as level 4 kernels do."""
 
     def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         quantized = module.quantized
@@ -43,7 +43,8 @@ def rounded_activations(model: nn.Module) -> Iterator[None]:
     def stay_apart(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         """Being there is enough: a layer that is listened to computes its adapter beside its weight (LoRA.in_weight_space)."""
 
-    layers = [module for module in model.modules() if isinstance(module, FrozenLinear) and module.quantized is not None]
+    found = [module for module in model.modules() if isinstance(module, FrozenLinear) and module.quantized is not None]
+    layers = [layer for layer in found if layer.path not in exact]
     hooks = [layer.register_forward_pre_hook(before) for layer in layers]
     hooks += [module.register_forward_pre_hook(stay_apart) for module in model.modules() if isinstance(module, LoRA)]
     try:
