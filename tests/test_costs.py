@@ -121,7 +121,9 @@ def test_a_kept_layer_of_an_encoder_keeps_what_the_formula_says(
         ("attention_dropout", "dropout") if family == "distilbert" else ("attention_probs_dropout_prob", "hidden_dropout_prob")
     )
     widths = {"dim": 128, "hidden_dim": 512} if family == "distilbert" else {"hidden_size": 128, "intermediate_size": 512}
-    folder = tiny.save_encoder(tmp_path / "model", family, **widths, **dict.fromkeys(names, dropout))
+    folder = tiny.save_encoder(
+        tmp_path / "model", family, max_position_embeddings=256, **widths, **dict.fromkeys(names, dropout)
+    )
     source = open_model(str(folder))
     shape, model = ModelShape.of(source, "text-classification"), load_model(source, "text-classification", base_bits=32)
     attach(model, LoRASettings(rank=8), "all-linear")
