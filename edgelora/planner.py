@@ -95,7 +95,7 @@ class Planner:
             notes=self.notes(chosen, wanted),
             writing_seconds=round(writing, 1),
         )
-        # Scored are the base and the adapter as often as is asked for; once more for the closing table, and there unrounded too.
+        # Scored are the base, the adapter as often as is asked for, and both once more for the table, there unrounded too.
         scoring = (2 + (situation.config.precision != "fp32")) * first + (1 + max(1, situation.config.evaluations)) * later
         reason = plan.too_long_to_write
         total = seconds + scoring + (0.0 if reason else 2 * writing)
