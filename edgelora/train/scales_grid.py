@@ -37,6 +37,7 @@ def refuse_settings(config: FinetuneConfig) -> None:
         return
     default = type(config)()
     names = ("rank", "alpha", "dropout", "rslora", "dora", "init", "loraplus_ratio", "rank_pattern", "alpha_pattern")
+    names += ("grid_start", "grid_scales")
     problems = [f"{name} is for adapters" for name in names if getattr(config, name) != getattr(default, name)]
     bits = PRECISION_BITS[config.precision]
     if bits is None:
