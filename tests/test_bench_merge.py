@@ -4,56 +4,25 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from faked_bench import banking_file, e2e_file, make_bench, measured
+from merge_bench import __main__ as command
+from merge_bench import e2e, environments, score, splits, verdict
+from merge_bench.bench import Bench, StepFailed
 from tolerances import SCORED_LOSS
+from training_bench.processes import Measured
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tools"))  # where the benchmark lies; it is no part of the package
-pytest.importorskip("resource")
+__all__ = ["banking_file", "e2e_file"]  # fixtures
 
-from merge_bench import __main__ as command  # noqa: E402
-from merge_bench import banking, e2e, environments, score, splits, verdict  # noqa: E402
-from merge_bench.bench import Bench, StepFailed  # noqa: E402
-from training_bench.processes import Measured  # noqa: E402
-from training_bench.results import Results  # noqa: E402
-
-MACHINE = {"commit": "abc"}
 ROWS = [
     {"ids": [70, 71, 72, 73, 74, 75], "supervised": [0, 0, 0, 1, 1, 1]},
     {"ids": [90, 91, 92], "supervised": [0, 1, 0]},
     {"ids": list(range(40, 80)), "supervised": [0] * 20 + [1] * 20},
 ]
-
-
-@pytest.fixture
-def e2e_file(tmp_path: Path) -> Path:
-    path = tmp_path / "e2e.csv"
-    lines = [f'"name[Inn {i // 3}], area[city]","The Inn {i // 3} is in the city, {i}."' for i in range(300)]
-    path.write_text("\n".join(["mr,ref", *lines]) + "\n", encoding="utf-8")
-    return path
-
-
-@pytest.fixture
-def banking_file(tmp_path: Path) -> Path:
-    path = tmp_path / "banking.csv"
-    lines = [f"question {i},label {i % 5}" for i in range(200)]
-    path.write_text("\n".join(["text,category", *lines, *lines[:10]]) + "\n", encoding="utf-8")
-    return path
-
-
-def measured(**result: Any) -> Measured:
-    return Measured(["it"], 0, 1.0, 10.0, 10.0, None, 0.0, result=result)
-
-
-def make_bench(work: Path, runner: Callable[..., Measured], **given: Any) -> Bench:
-    work.mkdir(parents=True, exist_ok=True)
-    settings: dict[str, Any] = {"steps": 5, "rows": 4, "threads": 1, **given}
-    return Bench(work, Results(work / "merge.json", MACHINE), runner=runner, **settings)
 
 
 def test_the_loss_is_that_of_transformers(decoder_model: Path) -> None:
@@ -176,93 +145,6 @@ def test_settings_have_records_of_their_own(tmp_path: Path) -> None:
     assert plain.setup == "5-steps"
     assert other.setup.startswith("5-steps-fast-")
     assert plain.place("run") != other.place("run")
-
-
-def e2e_runner(losses: dict[str, float], calls: list[list[str]], failing: str = "") -> Callable[..., Measured]:
-    """Return a runner whose processes write what they are asked for, and whose scores are `losses` by the model's folder."""
-
-    def runner(words: list[str], **_: Any) -> Measured:
-        calls.append(words)
-        if failing and any(failing in word for word in words):
-            return Measured(words, 1, 1.0, 10.0, 10.0, None, 0.0, message="error: it did not work")
-        if str(score.__file__) in words:
-            place = Path(words[words.index("torch" if "torch" in words else "onnx") + 1])
-            return measured(loss=next(loss for name, loss in losses.items() if name in place.parts))
-        if "evaluate" in words:
-            return measured(metrics={"loss": losses["peft-merged-ours"]})
-        for word in words:
-            if word.startswith(f"{words[0]}") or "merge/5-steps" not in word.replace("\\", "/"):
-                continue
-            Path(word).mkdir(parents=True, exist_ok=True)
-            (Path(word) / "edgelora.json").write_text('{"model_file": "onnx/model_q4.onnx"}', encoding="utf-8")
-        return measured(tool="tool 1.0", size_mb=100.0)
-
-    return runner
-
-
-LOSSES = {
-    "smollm2": 2.4, "peft-merged-ours": 1.5, "bundle-int4": 1.51, "peft-merged-ours-rtn": 1.7,
-    "peft-merged-ours-genai-int4": 1.8, "peft-merged-ours-genai-mixed": 1.6, "peft-merged-ours-gptq": 1.505,
-}  # fmt: skip
-
-
-@pytest.fixture
-def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A work folder with a tiny tokenizer in the place of SmolLM2, and no environments."""
-    import tiny
-
-    model = tmp_path / "work" / "models" / "smollm2"
-    tiny.save_tokenizer(model)
-    (model / "config.json").write_text("{}", encoding="utf-8")
-    monkeypatch.setattr(environments, "interpreter", lambda name, work: f"python-of-{name}")
-    return tmp_path / "work"
-
-
-def test_the_table_tells_what_holds(work: Path, e2e_file: Path) -> None:
-    calls: list[list[str]] = []
-    bench = make_bench(work, e2e_runner(LOSSES, calls))
-    table = {row["what"]: row for row in e2e.measure(bench, e2e_file, None)}
-    assert set(table) == {"base, fp32", "fp32 adapter", e2e.OURS, *e2e.OTHERS}
-    assert table[e2e.OURS]["above fp32, %"] == pytest.approx(100 * 0.01 / 1.5)
-    assert table[e2e.RTN]["gain kept, %"] == pytest.approx(100 * 0.7 / 0.9)
-    assert table["base, fp32"]["gain kept, %"] == 0
-    required = {row["requirement"]: row["holds"] for row in bench.results.content["parts"]["e2e/5-steps"]["requirements"]}
-    assert required == {
-        f"{e2e.OURS} within 1% of the fp32 adapter": "yes",
-        f"better than {e2e.RTN}": "yes",
-        f"better than {e2e.GENAI}": "yes",
-        f"better than {e2e.MIXED}": "yes",
-        f"better than {e2e.GPTQ}": "no",
-    }
-    made = len(calls)
-    e2e.measure(make_bench(work, e2e_runner(LOSSES, calls)), e2e_file, None)
-    assert len(calls) == made  # nothing is measured twice
-
-
-def test_a_peer_that_fails_leaves_the_others(work: Path, e2e_file: Path) -> None:
-    bench = make_bench(work, e2e_runner(LOSSES, [], failing="gptq.py"))
-    table = {row["what"]: row for row in e2e.measure(bench, e2e_file, None)}
-    assert table[e2e.GPTQ]["note"].startswith("peft-merged-ours-gptq failed: error: it did not work")
-    assert table[e2e.RTN]["loss"] == 1.7
-    required = bench.results.content["parts"]["e2e/5-steps"]["requirements"]
-    assert [row["holds"] for row in required] == ["yes", "yes", "yes", "yes", "not measured"]
-
-
-def test_points_of_accuracy(tmp_path: Path, banking_file: Path) -> None:
-    accuracies = {"banking-fp32": 0.92, "banking-bundle-int4": 0.914, "banking-bundle-int8": 0.915}
-
-    def runner(words: list[str], **_: Any) -> Measured:
-        if "evaluate" in words:
-            name = Path(words[words.index("evaluate") + 1]).name
-            return measured(metrics={"accuracy": accuracies[name], "macro_f1": 0.9, "loss": 0.3})
-        Path(words[words.index("--output") + 1]).mkdir(parents=True)
-        return measured()
-
-    bench = make_bench(tmp_path, runner)
-    table = banking.measure(bench, banking_file, 7)
-    assert [row.get("points") for row in table[1:]] == pytest.approx([-0.6, -0.5])
-    found = bench.results.content["parts"]["banking/7-steps"]["requirements"]
-    assert [row["holds"] for row in found] == ["no", "yes"]
 
 
 def test_verdicts_at_their_bounds() -> None:
