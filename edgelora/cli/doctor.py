@@ -52,4 +52,4 @@ def fp32_rates(threads: int) -> dict[str, float]:
         return {}
     from edgelora.models import gemm
 
-    return {name: round(rate, 1) for name, rate in gemm.rates(threads, seconds=0.6).items()}
+    return {name: round(rate, 1) for name, rate in gemm.rates(threads, seconds=0.6).items() if name in LIBRARIES}
