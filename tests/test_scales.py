@@ -202,6 +202,13 @@ def test_training_on_a_merged_folder_keeps_its_codes(rows: Path, tmp_path: Path)
         assert np.array_equal(after.scales.numpy(), array)
 
 
+def test_a_merged_folder_of_another_precision_is_refused(rows: Path, tmp_path: Path) -> None:
+    merge(None, tmp_path / "model", model=str(rows.parent / "model"), precision="int8")
+    (tmp_path / "rows.jsonl").write_bytes(rows.read_bytes())
+    with pytest.raises(SettingsError, match="was merged to int8, not int4"):
+        train(tmp_path / "rows.jsonl", tmp_path / "run")
+
+
 def test_settings_of_adapters_are_refused(rows: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"rank is for adapters\n.*dora is for adapters\n.*fp32 has no block scales"):
         train(rows, tmp_path / "run", rank=4, dora=True, precision="fp32")

@@ -52,7 +52,10 @@ def refuse_settings(config: FinetuneConfig) -> None:
 
 def choose_grid(source: ModelSource, task: str, config: FinetuneConfig) -> dict[str, Any]:
     """Return what the manifest records: precision, block size and the bits of every linear layer by path, as `merge` chooses
-    them for the base alone. Reads one weight at a time. Raises ModelError for a merged folder that is not on a grid."""
+    them for the base alone; of a merged folder those it has. Reads one weight at a time.
+
+    Raises ModelError for a merged folder that is not on a grid, SettingsError for one of another precision.
+    """
     from edgelora.models.families import decoder_spec
     from edgelora.models.tensors import GENERATION, decoder_layout, encoder_layout
 
@@ -69,6 +72,9 @@ def choose_grid(source: ModelSource, task: str, config: FinetuneConfig) -> dict[
             given[path] = weight.bits
         elif PRECISION_BITS[config.precision] == 4:
             errors[path] = relative_error(weight, 4, BLOCK_SIZE)
+    made = source.merged.manifest.get("precision", config.precision) if source.merged is not None else config.precision
+    if made != config.precision:
+        raise SettingsError(f"{source.reference} was merged to {made}, not {config.precision}", hint=f"--precision {made}")
     if given and len(given) < len(paths):
         bare = next(path for path in paths if path not in given)
         raise ModelError(f"{source.reference} has no integers for {bare}", hint="merge it to int4 or int8")
