@@ -1,7 +1,10 @@
 """The bundle: one folder for `edgelora run`, onnxruntime-genai, optimum and transformers.js. Opening it needs no torch or onnx.
 
     config.json  generation_config.json  tokenizer.json  tokenizer_config.json  chat_template.jinja  genai_config.json
-    edgelora.json  onnx/model_q4.onnx  onnx/model_q4.onnx_data
+    edgelora.json  onnx/model_q4.onnx  onnx/model_q4.onnx_data  adapters/NAME.onnx_adapter  adapters/NAME.safetensors
+
+Manifest entries of what was learned: `branch` where an adapter is in the graph beside the weights; `products` where the graph
+has optional inputs for one; `adapters`, {name: kind, file, rank, settings, results …} of what was added (run/adapters.py).
 
 Logits of a decoder: the graph has an overridable initializer `num_logits_to_keep` (int64, no dimensions). It is not among
 `session.get_inputs()` but among `session.get_overridable_initializers()`, and is fed like an input when wanted:

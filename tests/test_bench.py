@@ -10,7 +10,10 @@ import pytest
 from edgelora import bench as bench_module
 from edgelora.bench import bench, in_child
 from edgelora.errors import FolderError, MachineError
+from edgelora.export.export import export
+from edgelora.export.onto import add_adapter
 from edgelora.hardware import rss_mb
+from tests.test_swap import a_run
 
 SHARED = {
     "bundle",
@@ -58,3 +61,21 @@ def test_a_damaged_bundle_is_a_message(decoder_bundle: Path, tmp_path: Path) -> 
         bench(tmp_path / "bundle")
     with pytest.raises(MachineError, match=r"measuring .*bundle failed: .*bundle is damaged:\n  tokenizer.json: changed"):
         in_child(tmp_path / "bundle", 1)
+
+
+def test_adapters_and_other_bundles_beside_the_base(
+    decoder_model: Path, decoder_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(str(decoder_model), tmp_path / "base", precision="fp32", adapters="swap")
+    add_adapter(a_run(tmp_path / "lights", decoder_model), tmp_path / "base")
+    result = bench(tmp_path / "base", others=[decoder_bundle], threads=1, repeats=1)
+    assert [(row["way"], row["bundle"], row["adapter"]) for row in result["ways"]] == [
+        ("base", "base", None), ("swap", "base", "lights"), ("base", "bundle", None),
+    ]  # fmt: skip
+    assert all(row["decode_tokens_per_s"] > 0 and row["prefill_percent"] > 0 for row in result["ways"])
+    assert result["ways"][0]["decode_percent"] == 100.0
+    speeds = iter([100.0, 50.0, 80.0, 40.0, 30.0, 90.0, 120.0, 90.0, 60.0])  # three rounds of three ways
+    monkeypatch.setattr(bench_module, "in_child", lambda *_: {"decode_tokens_per_s": next(speeds)})
+    ways = bench(tmp_path / "base", others=[decoder_bundle])["ways"]
+    assert [row["decode_percent"] for row in ways] == [100.0, 75.0, 80.0]
+    assert [row["decode_tokens_per_s"] for row in ways] == [100.0, 50.0, 80.0]
