@@ -97,7 +97,7 @@ def merge(run: Path | None, out: Path, **options: Any) -> dict[str, Any]:
     if options["precision"] is None:
         options["precision"] = shipping_precision(run or (adapters[0] if len(adapters) == 1 else None))
     result = merge_run(run, out, **parsed(options))
-    if "table" in result:
+    if result.get("table"):
         console.table("Layers by kind", result["table"])
     show_rounding(result)
     for note in result["notes"]:
