@@ -36,7 +36,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_decoder(folder / "model", **SIZES)
     rows = [{"prompt": f"{number}: {word[::-1]}?", "completion": word} for number in range(16) for word in WORDS]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    config = FinetuneConfig(threads=1, max_steps=60, epochs=60, batch_size=4, learning_rate=1e-2, evaluations=1, base_bits=32)
+    config = FinetuneConfig(threads=1, max_steps=30, epochs=30, batch_size=4, learning_rate=2e-2, evaluations=1, base_bits=32)
     finetune(str(folder / "model"), str(folder / "rows.jsonl"), folder / "run", config)
     return folder / "run"
 
@@ -90,7 +90,7 @@ def test_a_classifier_has_its_majority_and_its_accuracy_in_every_row(tmp_path: P
     save_encoder(tmp_path / "model", base_only=True)
     rows = [{"text": f"{word} {number}", "label": word} for number in range(12) for word in ("red", "green", "blue")]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
-    config = FinetuneConfig(threads=1, max_steps=20, epochs=20, batch_size=8, learning_rate=1e-2, evaluations=1, valid="0.3")
+    config = FinetuneConfig(threads=1, max_steps=8, epochs=8, batch_size=8, learning_rate=1e-2, evaluations=1, valid="0.3")
     finetune(str(tmp_path / "model"), str(tmp_path / "rows.jsonl"), tmp_path / "run", config)
     result = merge(tmp_path / "run", tmp_path / "merged")
     table = {row["what"]: row for row in result["results"]}
