@@ -88,7 +88,8 @@ def plan_rounding(inputs: Inputs, wish: Wish, staging: Path) -> RoundingPlan:
     if on_grid and not searched and wish.rounding is None and wish.calibrate is None:
         choices = {path: Choice(int(trained["bits"].get(path, 8)), wish.block_size) for path in shapes}
         return RoundingPlan(choices, facts={"method": "trained"}, trained=RoundedLayers.open(inputs.folder, trained))
-    rows = find_rows(inputs, wish)
+    fine = PRECISION_BITS[wish.precision] == 8 and not searched and wish.rounding is None and wish.calibrate is None
+    rows = None if fine else find_rows(inputs, wish)  # rounding to 8 bits loses next to nothing: no minutes are spent on it
     if searched:
         if rows is None:
             raise SettingsError(
