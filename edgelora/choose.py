@@ -64,6 +64,7 @@ class Situation:
     work: Work
     process: int  # bytes of the process before the model is read
     correction: Correction = field(default_factory=Correction)
+    half: bool = False  # products with frozen weights take bf16 operands
 
     def judge(self, settings: Settings) -> Choice:
         piece = self.work.largest[settings.micro_batch]
@@ -137,7 +138,7 @@ def candidates(situation: Situation, line: Line) -> Iterator[Settings]:
             for rows in micro_batches(config, config.batch_size or chosen.batch_size):
                 yield Settings(
                     bits, rows, kept, keep_bits, line.keep_in_file, line.stream, optimizer_bits, targets, rounded,
-                    from_weight=config.init in FROM_WEIGHT,
+                    from_weight=config.init in FROM_WEIGHT, half=situation.half,
                 )  # fmt: skip
 
 

@@ -86,6 +86,11 @@ class FinetuneConfig:
     )
     valid_rows: int = setting(64, "Rows of the closing table; 0 means all.", flag=True, allowed=AT_LEAST_0)
     micro_batch: int | None = setting(None, "Rows computed at once. Default: what fits the memory.", allowed=AT_LEAST_1)
+    compute: str | None = setting(
+        None,
+        "Operands of the matrix products with frozen weights. Default: bf16 where the machine is faster with them.",
+        choices=("fp32", "bf16"),
+    )
     gradient_checkpointing: bool | None = setting(None, "Recompute activations in backward. Default: when memory asks for it.")
     schedule: str = setting("cosine", "Learning-rate schedule.", choices=("cosine", "linear", "constant"))
     warmup_ratio: float = setting(0.05, "Share of the steps that the learning rate takes to rise.", allowed=SHARE)

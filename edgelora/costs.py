@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from edgelora.shape import ModelShape
 
 FP32 = 4
+HALF = 2
 BLOCK_SIZE = 32
 TILE_ROWS, TILE_LOGITS = 2048, 1 << 20  # models/head.py
 TILE = 1 << 23  # models/linear_group.py: elements unpacked at once
@@ -45,6 +46,7 @@ class Settings:
     targets: tuple[tuple[str, int], ...] = ()  # paths of the adapted layers, and their ranks; 0: their block scales are trained
     grid_bits: int | None = None  # bits of their rounded weights, kept between steps where training is on the grid
     from_weight: bool = False  # adapters begin with a part of the weight, of which they keep a copy (PiSSA, OLoRA)
+    half: bool = False  # products with frozen weights take bf16 operands
 
     @property
     def scales(self) -> bool:
@@ -185,6 +187,8 @@ def activation_bytes(shape: ModelShape, settings: Settings, piece: Piece) -> int
     restored = whole if settings.keep_bits < 32 else 0  # one kept block in fp32 beside its bf16
     # Backward of the MLP: gradients of its inner tensors (of gate and up, of their product, one temporary) and two of [T, H].
     mlp, attention = 2 * (1 + shape.gated) * inner + 2 * hidden, score_values(shape, piece) + 4 * hidden
+    if settings.half:  # both operands and the result of the largest product once more, in half the bytes
+        mlp += ((1 + shape.gated) * inner + hidden) // 2
     gradients = FP32 * piece.tokens * (max(mlp, attention) if shape.encoder else mlp)
     backward = inputs + max(kept + restored, whole if recomputed else 0) + gradients
     loss = 0 if shape.encoder else inputs + kept + FP32 * 2 * hidden * piece.tokens + loss_bytes(shape, piece)
@@ -230,11 +234,16 @@ def loss_bytes(shape: ModelShape, piece: Piece) -> int:
 
 
 def unpack_bytes(shape: ModelShape, settings: Settings) -> int:
-    """Return the one fp32 buffer that a group of layers, or a tile of the head, is unpacked into, and its codes' copies."""
+    """Return the one buffer that a group of layers, or a tile of the head, is unpacked into, and its codes' copies.
+
+    It is in fp32 at least while rows are scored.
+    """
     group, tile = min(shape.largest_group, TILE), 0 if shape.encoder else min(TILE_ROWS, shape.vocab) * shape.hidden
     whole = settings.base_bits == 32 and shape.merged_bytes is None
     # Of 32-bit weights nothing is unpacked; codes become bytes first (quant/grid.py): two buffers of them for 4 bits.
     bits = settings.grid_bits or settings.base_bits
     codes = {8: 1, 4: 2}.get(bits, 0) * group
     part = FP32 * min(group, ROWS_AT_ONCE) if settings.scales else 0  # of a weight's own gradient
-    return (0 if whole and not settings.grid_bits else FP32 * max(group, tile)) + codes + part
+    if whole and not settings.grid_bits:
+        return part + (HALF * group if settings.half else 0)
+    return FP32 * max(group, tile) + codes + part

@@ -110,6 +110,8 @@ class Planner:
             resident = self.situation.judge(dataclasses.replace(chosen.settings, stream=False))
             slower = chosen.seconds / resident.seconds
             notes.append(f"the frozen weights are read from the disk as they are used: {slower:.1f} times the time")
+        if self.situation.half and self.situation.config.compute is None:
+            notes.append('matrix products take bf16 operands, which is faster here; compute = "fp32" in a config file: exact')
         if not self.asked:
             notes.append("the budget is half of what is free; --ram sets it")
         return notes
@@ -144,12 +146,13 @@ def planner_for(
     shape = ModelShape.of(source, task)
     threads = config.threads or hardware.physical_cores()
     matmul = gemm.choose(threads, config.compute)
-    rate = matrix_rate(threads, matmul)
+    half = matmul == gemm.BF16
+    rate = matrix_rate(threads, gemm.ONEDNN if half else matmul)
     memory.forget_code()
     process = round(hardware.rss_mb() * MB)
     work = lay_out(lengths, config, config.batch_size or get_task(task).batch_size, supervised, padded=shape.encoder)
     return Planner(
-        situation=Situation(shape, config, task, work, process),
+        situation=Situation(shape, config, task, work, process, half=half),
         budget=config.ram or (hardware.available_memory() + process) // 2,
         asked=config.ram is not None,
         valid=valid or closing.guessed(lengths, supervised, config),

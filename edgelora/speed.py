@@ -16,8 +16,10 @@ from edgelora.shape import ModelShape
 
 # Two cores with AVX-512 and oneDNN; what the constants were measured beside.
 REFERENCE_RATE = 430e9  # fp32 operations a second in large products
+HALF_GAIN = 1.85  # times that with bf16 operands, the passes that round x and y counted
 FULL_SPEED = ((64, 0.65), (128, 0.8), (256, 1.0))  # tokens of a product, share of the rate it reaches
 COPYING = {32: 0.02e-9, 16: 0.035e-9, 8: 0.08e-9, 4: 0.12e-9}  # seconds per weight and unpacking
+COPYING_HALF = {32: 0.06e-9, 16: 0.0, 8: 0.07e-9, 4: 0.11e-9}  # the same to bf16
 ROUNDING = 4e-9  # seconds per weight and step of rounding to the grid
 BLOCK_SECONDS = 0.5e-3  # Python and small kernels per block and pass of a piece
 ELEMENT_SECONDS = 0.25e-9  # per value that a block keeps and pass: norms, activations, attention
@@ -60,9 +62,10 @@ def piece_seconds(shape: ModelShape, settings: Settings, tokens: float, supervis
     rate = REFERENCE_RATE * share_of_rate(tokens)
     head = 0 if shape.encoder else shape.vocab * shape.hidden
     weights = 2 * tokens * costs.adapted_weights(shape, settings) if settings.scales else 0  # their own gradients
-    products = (2 * passes * tokens * shape.linear_weights + weights + 4 * supervised * head) / rate
+    gain, copying = (HALF_GAIN, COPYING_HALF) if settings.half else (1.0, COPYING)
+    products = (2 * passes * tokens * shape.linear_weights / gain + weights + 4 * supervised * head) / rate
     bits = settings.grid_bits or settings.base_bits
-    unpacking = COPYING[bits] * passes * shape.linear_weights + COPYING[max(bits, 8)] * head
+    unpacking = copying[bits] * passes * shape.linear_weights + COPYING[max(bits, 8)] * head
     adapted, rank = costs.adapted_weights(shape, settings), max((rank for _, rank in settings.targets), default=0)
     in_weights = 0.0 if settings.grid_bits else 2 * rank * passes * adapted / REFERENCE_RATE / SLOW_PRODUCTS
     factors = 0 if settings.scales else costs.adapter_weights(shape, settings)

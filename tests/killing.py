@@ -36,7 +36,7 @@ def dying(function: Callable[..., Any], calls: int) -> Callable[..., Any]:
 
 def train(inputs: tuple[str, str], run: Path, settings: dict[str, Any], place: str, number: int) -> None:
     """Train, or go on; killed in the middle of writing a tensor, before or after a rename, or before a step."""
-    gemm.choose = lambda threads: gemm.BLAS  # a measured choice may be another the next time
+    gemm.choose = lambda threads, compute=None: gemm.BLAS  # a measured choice may be another the next time
     if place == "bytes":
         checkpoint.raw = dying(checkpoint.raw, number)
     elif place == "rename":

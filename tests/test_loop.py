@@ -39,7 +39,7 @@ SETTINGS: dict[str, Any] = {
 def one_library() -> Iterator[None]:
     """Multiply by one library: a measured choice may be another in the next run, whose last bits are others."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gemm, "choose", lambda threads: gemm.BLAS)
+        patch.setattr(gemm, "choose", lambda threads, compute=None: gemm.BLAS)
         yield
 
 

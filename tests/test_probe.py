@@ -153,7 +153,7 @@ def test_a_run_that_would_not_fit_shrinks_before_its_first_step(made: tuple[Plan
     assert better.settings != choice.settings
     assert better.settings.base_bits == choice.settings.base_bits
     assert any("instead of" in note or "computed again" in note or "bf16" in note for note in more.notes)
-    assert plan.notes == []
+    assert all("bf16 operands" in note for note in plan.notes)
     with pytest.raises(MachineError, match="too little"):
         tight.corrected(Correction(2 * tight.budget), 1.0).again(choice)
 

@@ -61,7 +61,7 @@ def choose(threads: int, compute: str | None = None, seconds: float = 0.3) -> st
 def preferred(rates: dict[str, float], compute: str | None = None) -> str:
     """Return the library that is worth taking, of what `rates` gave."""
     exact = ONEDNN if rates.get(ONEDNN, 0.0) > PREFERRED_BY * rates[BLAS] else BLAS
-    rounded = rates.get(BF16, 0.0) > BF16_PREFERRED_BY * rates[exact] if compute == "auto" else compute == "bf16"
+    rounded = rates.get(BF16, 0.0) > BF16_PREFERRED_BY * rates[exact] if compute is None else compute == "bf16"
     return BF16 if rounded and BF16 in rates else exact
 
 

@@ -232,7 +232,7 @@ class FrozenLinear(nn.Module):
         """Return the trained block scales: there are none."""
 
     def scale_gradient(self, grad_TN: Tensor, h_TK: Tensor) -> Tensor:
-        raise NotImplementedError("nothing is trained here")
+        raise AssertionError("nothing is trained here")
 
     def extra_repr(self) -> str:
         return f"{self.path}, {self.in_features} → {self.out_features}, {self.bits} bits"

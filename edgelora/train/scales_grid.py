@@ -36,7 +36,17 @@ def refuse_settings(config: FinetuneConfig) -> None:
     if not trains_scales(config):
         return
     default = type(config)()
-    names = ("rank", "alpha", "dropout", "rslora", "dora", "init", "loraplus_ratio", "rank_pattern", "alpha_pattern")
+    names: tuple[str, ...] = (
+        "rank",
+        "alpha",
+        "dropout",
+        "rslora",
+        "dora",
+        "init",
+        "loraplus_ratio",
+        "rank_pattern",
+        "alpha_pattern",
+    )
     names += ("grid_start", "grid_scales")
     problems = [f"{name} is for adapters" for name in names if getattr(config, name) != getattr(default, name)]
     bits = PRECISION_BITS[config.precision]
