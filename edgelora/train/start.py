@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from edgelora import calibration, console
+from edgelora import calibration, console, costs
 from edgelora.adapters.inject import adapters
 from edgelora.models.walk import Call, walk_through
 from edgelora.models.weights import file_entries, read_entry
@@ -43,7 +43,7 @@ class _Stop(Exception):
 
 
 def start_on_grid(model: Model, run: Run, out: Path) -> None:
-    """Let a run that begins with calibrated weights do so: on its own training rows, within its activations' memory."""
+    """Let a run that begins with calibrated weights do so: on its own training rows, in memory that training takes later."""
     if run.grid.get("start") != CALIBRATED:
         return
 
@@ -51,7 +51,7 @@ def start_on_grid(model: Model, run: Run, out: Path) -> None:
         found = calibration.from_run(out, run.task, run.labels, {})
         return few(found.batches()) if found is not None else []
 
-    room = round(run.plan.parts.get("activations", 0.0) * (1 << 20))
+    room = round(sum(run.plan.parts.get(name, 0.0) for name in ("activations", costs.GROWING)) * (1 << 20))
     begin(model, run.grid, out / checkpoint.FOLDER, rows, room)
 
 
