@@ -14,7 +14,7 @@ import numpy as np
 from edgelora import console, folder, held_out, memory
 from edgelora.adapters import inject, peft_format
 from edgelora.adapters.initialize import refuse_combinations
-from edgelora.adapters.scales import LEARNING_RATE, scaled_layers
+from edgelora.adapters.scales import RATE, scaled_layers
 from edgelora.closing import short_answers
 from edgelora.config import FinetuneConfig
 from edgelora.data.prepare import Prepared, prepare
@@ -204,7 +204,7 @@ class Training:
             store=self.store,
             rows=rows,
             config=config,
-            learning_rate=config.learning_rate or (LEARNING_RATE if trains_scales(config) else self.task.learning_rate),
+            learning_rate=config.learning_rate or self.task.learning_rate * (RATE if trains_scales(config) else 1.0),
             micro_batch=self.plan.micro_batch,
             optimizer_bits=self.plan.optimizer_bits,
             trim_above_mb=TRIM_ABOVE * self.plan.budget_mb,
