@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from edgelora.adapters.inject import adapters
-from edgelora.adapters.scales import scaled_layers
+from edgelora.adapters.scales import RATE, scaled_layers
 from edgelora.train.adamw8 import BLOCK, CHUNK, LEAST, decode, encode
 
 # A head begins at random and small, and is not scaled as an adapter is: it has further to go than an adapter.
@@ -157,7 +157,7 @@ def make_optimizer(
     place |= {id(layer.change): "scales" for layer in scaled_layers(model).values()}
     for parameter in trainable(model).values():
         kinds[place.get(id(parameter), "head")].append(parameter)
-    scales = {"B": loraplus_ratio or 1.0, "head": HEAD_RATE, "log_scales": SCALE_RATE}
+    scales = {"B": loraplus_ratio or 1.0, "head": HEAD_RATE / (RATE if kinds["scales"] else 1.0), "log_scales": SCALE_RATE}
     groups = [
         {
             "params": parameters,
