@@ -106,7 +106,7 @@ def what_keeps_more(precision: str, trained: Mapping[str, Any], *, calibrated: b
     if trained.get("precision") != precision:
         found.append(f"edgelora finetune … --precision {precision}: trains the integers that ship")
     else:
-        found.append("edgelora finetune … with more steps or a lower learning rate: the grid follows the adapter slowly")
+        found.append("more steps of edgelora finetune: what is rounded learns more slowly")
     return found
 
 
