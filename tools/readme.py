@@ -130,7 +130,8 @@ SHOWN = {
     "task": "text-generation", "columns": {"prompt": "mr", "completion": "ref"}, "ram": "1GB", "alpha": 16.0,
     "target_modules": "all-linear", "last_layers": 4, "learning_rate": 0.001, "max_steps": 60, "max_length": 512,
     "base_bits": 8, "threads": 2, "valid": "0.1", "micro_batch": 4, "compute": "fp32", "gradient_checkpointing": True,
-    "patience": 2, "loraplus_ratio": 16.0, "rank_pattern": {"down_proj": 16}, "alpha_pattern": {"down_proj": 32.0}, "optimizer_bits": 32,
+    "patience": 2, "loraplus_ratio": 16.0, "rank_pattern": {"down_proj": 16},
+    "alpha_pattern": {"down_proj": 32.0}, "optimizer_bits": 32,
 }  # fmt: skip
 
 
