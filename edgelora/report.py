@@ -111,21 +111,23 @@ def what_keeps_more(precision: str, trained: Mapping[str, Any], *, calibrated: b
 
 
 def shown(results: Results) -> list[dict[str, object]]:
-    """Return the table for people: what each row is, and its figures with shares in percent."""
+    """Return the table for people: what each row is, its metrics, and its shares in percent, in one order for all rows."""
+    shares = {"kept": "gain kept", "agreement": "same top-1"}
+    names = [name for row in results for name, value in row.items() if isinstance(value, float) and name not in HIDDEN]
     rows = []
     for row in results:
         entry: dict[str, object] = {"held-out rows": title(row)}
-        entry |= {name: value for name, value in row.items() if name not in HIDDEN and isinstance(value, float)}
-        for name, column in (("kept", "gain kept"), ("agreement", "same top-1")):
-            if name in row:
-                entry[column] = f"{row[name]:.1%}"
-        if "kl" in row:
-            entry["KL"] = row["kl"]
+        entry |= {name: row.get(name) for name in dict.fromkeys(names)}
+        for name, column in shares.items():
+            if any(name in other for other in results):
+                entry[column] = f"{row[name]:.1%}" if name in row else None
+        if any("kl" in other for other in results):
+            entry["KL"] = row.get("kl")
         rows.append(entry)
     return rows
 
 
-HIDDEN = ("kept", "agreement", "kl")
+HIDDEN = ("kept", "agreement", "kl", "perplexity")  # the last says what the loss says
 
 
 def title(row: Mapping[str, Any]) -> str:
@@ -138,4 +140,5 @@ def title(row: Mapping[str, Any]) -> str:
         "merged": f"merged, {precision}" if precision else "merged",
         "onnx": f"{precision} bundle, ONNX Runtime" if precision else "bundle, ONNX Runtime",
     }
-    return names.get(what, what) + (f" (base in {bits} bits)" if bits else "")
+    stored = f"{bits} bits" if what in ("base", "merged fp32") else f"{bits}-bit base"
+    return names.get(what, what) + (f" ({stored})" if bits else "")

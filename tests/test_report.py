@@ -256,3 +256,7 @@ def test_people_read_what_a_row_is() -> None:
     assert rows[-1] == {
         "held-out rows": "int4 bundle, ONNX Runtime", "loss": 1.05, "gain kept": "95.0%", "same top-1": "95.3%", "KL": 0.02,
     }  # fmt: skip
+    assert list(rows[0].items()) == [
+        ("held-out rows", "base"), ("loss", 2.0), ("gain kept", None), ("same top-1", None), ("KL", None),
+    ]  # fmt: skip
+    assert shown([{"what": "base", "base_bits": 8, "loss": 1.0}]) == [{"held-out rows": "base (8 bits)", "loss": 1.0}]
