@@ -125,6 +125,29 @@ def test_a_step_is_made_once(tmp_path: Path) -> None:
     assert calls == [["a"], ["c"]]
 
 
+def test_what_reads_a_new_folder_is_made_anew(tmp_path: Path) -> None:
+    calls: list[str] = []
+
+    def runner(words: list[str], **_: Any) -> Measured:
+        calls.append(words[0])
+        bench.place("run").mkdir(parents=True, exist_ok=True)
+        return measured()
+
+    bench = make_bench(tmp_path, runner)
+
+    def both() -> list[str]:
+        calls.clear()
+        bench.step("run", lambda: ["train", str(bench.place("run"))], bench.place("run"))
+        bench.step("loss", lambda: ["score", str(bench.place("run") / "model.onnx")])
+        bench.step("other", lambda: ["else", str(tmp_path / "elsewhere")])
+        return list(calls)
+
+    assert both() == ["train", "score", "else"]
+    assert both() == []
+    bench.place("run").rmdir()
+    assert both() == ["train", "score"]
+
+
 def test_a_step_that_fails_is_told_and_tried_again(tmp_path: Path) -> None:
     codes = [1, 0]
 

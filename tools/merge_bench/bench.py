@@ -1,13 +1,14 @@
 """What every part needs: where things are, what was asked for, and steps that are made once.
 
 A step is a process with a record in the results file and, mostly, a folder in the work folder. It is not made again where
-both are there.
+both are there, and no step that it reads has been made since.
 """
 
 from __future__ import annotations
 
 import hashlib
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,8 +61,10 @@ class Bench:
 
     def step(self, name: str, command: Callable[[], list[str]], out: Path | None = None, **environment: str) -> Record:
         """Return the record of a step, which writes `out` in a process of its own. Raises StepFailed."""
-        key = f"{self.setup}/{name}"
-        if out is not None and not out.exists():
+        key, words = f"{self.setup}/{name}", command()
+        inputs = self.inputs(words, name)
+        known = self.results.content["runs"].get(key, {})
+        if known.get("inputs") != inputs or (out is not None and not out.exists()):
             self.results.content["runs"].pop(key, None)
 
         def make() -> Record:
@@ -69,12 +72,23 @@ class Bench:
                 shutil.rmtree(out, ignore_errors=True)
                 out.parent.mkdir(parents=True, exist_ok=True)
             everywhere = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-            return self.runner(command(), environment={**everywhere, **environment}).record()
+            record = self.runner(words, environment={**everywhere, **environment}).record()
+            return {**record, "inputs": inputs, "made": time.time()}
 
         record = self.results.run(key, make)
         if record["outcome"] != "done":
             raise StepFailed(f"{name} {record['outcome']}: {record['message']}")
         return record
+
+    def inputs(self, words: list[str], own: str) -> dict[str, float]:
+        """Return when the steps were made whose folders a command names: one that is made anew makes those after it anew."""
+        made, folder = {}, self.place(".")
+        for path in map(Path, words):
+            name = path.relative_to(folder).parts[0] if folder in path.parents else own
+            record = self.results.content["runs"].get(f"{self.setup}/{name}")
+            if record is not None and name != own:
+                made[name] = record["made"]
+        return made
 
     def verb(self, name: str, verb: str, /, *arguments: Any, out: Path | None = None, **options: Any) -> Record:
         """Run a verb of edgelora; an option that is None is left out, one that is True has no value."""
