@@ -68,6 +68,10 @@ def export(
         console.table("What ships, on held-out rows", table(result["table"]))
     shown = {name: value for name, value in result.items() if isinstance(value, str | int | float) and name != "output"}
     console.facts(f"{out}", shown)
+    verify = result["verify"]
+    trained = f", {verify['layers_as_trained']} of them as they were trained" if verify.get("layers_as_trained") else ""
+    if verify["layers_bit_identical"]:
+        console.say(f"{verify['layers_bit_identical']} layers are bit for bit as they were merged{trained}")
     console.say(f'next: edgelora run {out} "…"')
     return result
 
