@@ -67,6 +67,19 @@ def decoder_bundle(decoder_model: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def swap_base(decoder_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the tiny Llama merged to int4, a base bundle for adapters of that, and one in fp32; not to be changed."""
+    from edgelora.export.export import export
+    from edgelora.merge import merge
+
+    folder = tmp_path_factory.mktemp("swap")
+    merge(None, folder / "merged", model=str(decoder_model), precision="int4")
+    export(str(folder / "merged"), folder / "int4", precision="int4", adapters="swap")
+    export(str(decoder_model), folder / "fp32", precision="fp32", adapters="swap")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def classifier_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import tiny
 

@@ -10,7 +10,6 @@ import pytest
 from edgelora import bench as bench_module
 from edgelora.bench import bench, in_child
 from edgelora.errors import FolderError, MachineError
-from edgelora.export.export import export
 from edgelora.export.onto import add_adapter
 from edgelora.hardware import rss_mb
 from tests.test_swap import a_run
@@ -64,9 +63,9 @@ def test_a_damaged_bundle_is_a_message(decoder_bundle: Path, tmp_path: Path) -> 
 
 
 def test_adapters_and_other_bundles_beside_the_base(
-    decoder_model: Path, decoder_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    swap_base: Path, decoder_model: Path, decoder_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    export(str(decoder_model), tmp_path / "base", precision="fp32", adapters="swap")
+    shutil.copytree(swap_base / "fp32", tmp_path / "base")
     add_adapter(a_run(tmp_path / "lights", decoder_model), tmp_path / "base")
     result = bench(tmp_path / "base", others=[decoder_bundle], threads=1, repeats=1)
     assert [(row["way"], row["bundle"], row["adapter"]) for row in result["ways"]] == [

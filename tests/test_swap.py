@@ -26,7 +26,6 @@ from edgelora.export.reference import decoder_logits
 from edgelora.export.verify import Comparison
 from edgelora.folder import write_manifest
 from edgelora.inspect import inspect
-from edgelora.merge import merge
 from edgelora.models.families import decoder_spec
 from edgelora.models.load import load_decoder
 from edgelora.models.source import open_model
@@ -60,19 +59,6 @@ def a_run(folder: Path, model: Path, *, seed: int = 0, rank: int = 3, bits: int 
     return folder
 
 
-def make_base(folder: Path, model: Path) -> Path:
-    """Make a folder with a tiny Llama merged to int4, a swap bundle of that, and one in fp32; tests copy what they change."""
-    merge(None, folder / "merged", model=str(model), precision="int4")
-    export(str(folder / "merged"), folder / "int4", precision="int4", adapters="swap")
-    export(str(model), folder / "fp32", precision="fp32", adapters="swap")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def base(decoder_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_base(tmp_path_factory.mktemp("swap"), decoder_model)
-
-
 def torch_logits(model: Path, run: Path | None, *, int8: bool = False) -> Any:
     network = load_decoder(open_model(str(model)), base_bits=32).eval()
     if run is not None:
@@ -85,12 +71,12 @@ def scored(session: DecoderSession) -> Any:
     return session.score(IDS).copy()
 
 
-def copy(base: Path, name: str, out: Path) -> Path:
-    return Path(shutil.copytree(base / name, out))
+def copy(swap_base: Path, name: str, out: Path) -> Path:
+    return Path(shutil.copytree(swap_base / name, out))
 
 
-def test_two_adapters_and_the_base_in_one_process(base: Path, decoder_model: Path, tmp_path: Path) -> None:
-    bundle = copy(base, "fp32", tmp_path / "bundle")
+def test_two_adapters_and_the_base_in_one_process(swap_base: Path, decoder_model: Path, tmp_path: Path) -> None:
+    bundle = copy(swap_base, "fp32", tmp_path / "bundle")
     runs = {"one": a_run(tmp_path / "one", decoder_model), "two": a_run(tmp_path / "two", decoder_model, seed=1, rank=5)}
     for run in runs.values():
         assert add_adapter(run, bundle)["base"] == "exact"
@@ -108,8 +94,8 @@ def test_two_adapters_and_the_base_in_one_process(base: Path, decoder_model: Pat
     np.testing.assert_allclose(np.stack(stepped), found["two"][3:], **tolerances.GRAPH_FP32)
 
 
-def test_an_answer_after_a_swap_forgets_the_cache(base: Path, decoder_model: Path, tmp_path: Path) -> None:
-    bundle = copy(base, "fp32", tmp_path / "bundle")
+def test_an_answer_after_a_swap_forgets_the_cache(swap_base: Path, decoder_model: Path, tmp_path: Path) -> None:
+    bundle = copy(swap_base, "fp32", tmp_path / "bundle")
     add_adapter(a_run(tmp_path / "one", decoder_model), bundle)
     alone = load(bundle, threads=1, adapter="one").generate("hello", max_new_tokens=8)
     model = load(bundle, threads=1)
@@ -119,20 +105,20 @@ def test_an_answer_after_a_swap_forgets_the_cache(base: Path, decoder_model: Pat
 
 
 @pytest.mark.parametrize("way", ["static", "swap"])
-def test_beside_int4_weights(base: Path, tmp_path: Path, way: str) -> None:
+def test_beside_int4_weights(swap_base: Path, tmp_path: Path, way: str) -> None:
     """A run of fp32 on the merged folder: the bundle holds the codes and scales that it was trained on."""
-    run = a_run(tmp_path / "run", base / "merged")
+    run = a_run(tmp_path / "run", swap_base / "merged")
     if way == "static":
         assert export(str(run), tmp_path / "bundle", precision="int4", adapters="static")["verify"]["passed"]
         session = load(tmp_path / "bundle", threads=1).generator.decoder
     else:
-        bundle = copy(base, "int4", tmp_path / "bundle")
+        bundle = copy(swap_base, "int4", tmp_path / "bundle")
         assert add_adapter(run, bundle)["base"] == "exact"
         session = load(bundle, threads=1, adapter="run").generator.decoder
-    exact, int8 = (torch_logits(base / "merged", run, int8=rounded) for rounded in (False, True))
+    exact, int8 = (torch_logits(swap_base / "merged", run, int8=rounded) for rounded in (False, True))
     report = Comparison(scored(session), exact, int8).report()
     assert report["passed"], report["problems"]
-    assert report["int8"]["mean"] < 0.1 < np.abs(exact - torch_logits(base / "merged", None)).mean() / exact.std()
+    assert report["int8"]["mean"] < 0.1 < np.abs(exact - torch_logits(swap_base / "merged", None)).mean() / exact.std()
 
 
 class OtherScales:
@@ -161,13 +147,13 @@ def scales_run(folder: Path, merged: Path, model: Path) -> tuple[Path, MergedChe
 
 
 def test_scales_give_the_logits_of_a_bundle_that_was_exported_with_them(
-    base: Path, decoder_model: Path, tmp_path: Path
+    swap_base: Path, decoder_model: Path, tmp_path: Path
 ) -> None:
-    run, checkpoint, scales = scales_run(tmp_path / "run", base / "merged", decoder_model)
+    run, checkpoint, scales = scales_run(tmp_path / "run", swap_base / "merged", decoder_model)
     graph = build_decoder(OtherScales(checkpoint, scales), decoder_spec(checkpoint.config))
     save(graph.model, tmp_path / "model.onnx")
     wanted = scored(DecoderSession(tmp_path / "model.onnx", max_length=64, threads=1))
-    bundle = copy(base, "int4", tmp_path / "bundle")
+    bundle = copy(swap_base, "int4", tmp_path / "bundle")
     assert add_adapter(run, bundle, name="s")["kind"] == "scales"
     model = load(bundle, threads=1)
     before = scored(model.generator.decoder)
@@ -179,9 +165,9 @@ def test_scales_give_the_logits_of_a_bundle_that_was_exported_with_them(
 
 
 def test_an_adapter_of_unrounded_weights_is_told_so(
-    base: Path, decoder_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    swap_base: Path, decoder_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bundle = copy(base, "int4", tmp_path / "bundle")
+    bundle = copy(swap_base, "int4", tmp_path / "bundle")
     assert add_adapter(a_run(tmp_path / "one", decoder_model), bundle)["base"] == "rounded"
     assert "was trained on other weights in" in capsys.readouterr().err
     grid = {"precision": "int4", "block_size": 32, "bits": {}}
@@ -189,8 +175,8 @@ def test_an_adapter_of_unrounded_weights_is_told_so(
     assert "was trained with its update inside the rounding; beside the weights of" in capsys.readouterr().err
 
 
-def test_replacing_an_adapter_and_copying_a_bundle(base: Path, decoder_model: Path, tmp_path: Path) -> None:
-    bundle = copy(base, "fp32", tmp_path / "bundle")
+def test_replacing_an_adapter_and_copying_a_bundle(swap_base: Path, decoder_model: Path, tmp_path: Path) -> None:
+    bundle = copy(swap_base, "fp32", tmp_path / "bundle")
     first, second = (a_run(tmp_path / f"run{seed}", decoder_model, seed=seed) for seed in range(2))
     add_adapter(first, bundle, name="x")
     replaced = add_adapter(second, bundle, name="x", overwrite=True)
@@ -205,8 +191,8 @@ def test_replacing_an_adapter_and_copying_a_bundle(base: Path, decoder_model: Pa
     assert list(open_bundle(bundle).manifest["adapters"]) == ["x"]
 
 
-def test_the_verbs(base: Path, decoder_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    bundle = copy(base, "fp32", tmp_path / "bundle")
+def test_the_verbs(swap_base: Path, decoder_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle = copy(swap_base, "fp32", tmp_path / "bundle")
     run = a_run(tmp_path / "lights", decoder_model)
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "hello", "completion": "you"}\n', encoding="utf-8")

@@ -8,17 +8,15 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from edgelora.export.export import export
 from edgelora.export.onto import add_adapter
 from edgelora.run.model import load
-from tests.test_swap import IDS, a_run
+from tests.test_swap import IDS, a_run, copy
 
 
 @pytest.fixture(scope="module")
-def bundle(decoder_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(swap_base: Path, decoder_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("loaders")
-    export(str(decoder_model), folder / "bundle", precision="fp32", adapters="swap")
-    add_adapter(a_run(folder / "lights", decoder_model), folder / "bundle")
+    add_adapter(a_run(folder / "lights", decoder_model), copy(swap_base, "fp32", folder / "bundle"))
     return folder / "bundle"
 
 

@@ -15,27 +15,22 @@ from edgelora.export.onto import add_adapter
 from edgelora.folder import sha256
 from edgelora.merge import merge
 from edgelora.run.model import load
-from tests.test_swap import a_run, copy, make_base, scales_run
+from tests.test_swap import a_run, copy, scales_run
 
 
-@pytest.fixture(scope="module")
-def base(decoder_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_base(tmp_path_factory.mktemp("refused"), decoder_model)
-
-
-def test_scales_of_other_codes_are_refused(base: Path, decoder_model: Path, tmp_path: Path) -> None:
+def test_scales_of_other_codes_are_refused(swap_base: Path, decoder_model: Path, tmp_path: Path) -> None:
     merge(None, tmp_path / "merged", model=str(tiny.save_decoder(tmp_path / "model", head_dim=16, seed=1)))
     run, *_ = scales_run(tmp_path / "run", tmp_path / "merged", decoder_model)
     with pytest.raises(FolderError, match="other codes"):
-        add_adapter(run, base / "int4")
+        add_adapter(run, swap_base / "int4")
 
 
-def test_names_that_a_bundle_does_not_have(base: Path, decoder_model: Path, tmp_path: Path) -> None:
+def test_names_that_a_bundle_does_not_have(swap_base: Path, decoder_model: Path, tmp_path: Path) -> None:
     with pytest.raises(SettingsError) as caught:
-        load(base / "fp32", adapter="lights")
-    assert caught.value.message == f"{base / 'fp32'} has no adapters"
-    assert caught.value.hint == f"edgelora export RUN --onto {base / 'fp32'} adds one"
-    bundle = copy(base, "fp32", tmp_path / "bundle")
+        load(swap_base / "fp32", adapter="lights")
+    assert caught.value.message == f"{swap_base / 'fp32'} has no adapters"
+    assert caught.value.hint == f"edgelora export RUN --onto {swap_base / 'fp32'} adds one"
+    bundle = copy(swap_base, "fp32", tmp_path / "bundle")
     add_adapter(a_run(tmp_path / "lights", decoder_model), bundle)
     with pytest.raises(SettingsError, match=r'has no adapter "light"\. Did you mean "lights"\? It has lights'):
         load(bundle, adapter="light")
@@ -44,15 +39,15 @@ def test_names_that_a_bundle_does_not_have(base: Path, decoder_model: Path, tmp_
 
 
 @pytest.mark.parametrize("name", ["../evil", "/tmp/evil", "a/b", "..", ".hidden", "a b", "a\\b", "", "x" * 65])
-def test_names_that_lead_elsewhere_are_refused(base: Path, decoder_model: Path, tmp_path: Path, name: str) -> None:
+def test_names_that_lead_elsewhere_are_refused(swap_base: Path, decoder_model: Path, tmp_path: Path, name: str) -> None:
     run = a_run(tmp_path / "..evil", decoder_model)  # the folder's name is the default
     with pytest.raises(SettingsError, match="cannot be the name of an adapter"):
-        add_adapter(run, base / "fp32", name=name)
-    assert not (base / "fp32" / "adapters").exists()
+        add_adapter(run, swap_base / "fp32", name=name)
+    assert not (swap_base / "fp32" / "adapters").exists()
 
 
-def test_an_entry_that_leads_outside_is_refused(base: Path, decoder_model: Path, tmp_path: Path) -> None:
-    bundle = copy(base, "fp32", tmp_path / "bundle")
+def test_an_entry_that_leads_outside_is_refused(swap_base: Path, decoder_model: Path, tmp_path: Path) -> None:
+    bundle = copy(swap_base, "fp32", tmp_path / "bundle")
     add_adapter(a_run(tmp_path / "one", decoder_model), bundle)
     manifest = json.loads((bundle / "edgelora.json").read_text(encoding="utf-8"))
     manifest["adapters"]["one"]["file"] = "../one/adapter_model.safetensors"
@@ -61,13 +56,13 @@ def test_an_entry_that_leads_outside_is_refused(base: Path, decoder_model: Path,
         load(bundle, adapter="one")
 
 
-def test_runs_of_other_models_tasks_and_kinds_are_refused(base: Path, decoder_model: Path, tmp_path: Path) -> None:
+def test_runs_of_other_models_tasks_and_kinds_are_refused(swap_base: Path, decoder_model: Path, tmp_path: Path) -> None:
     other = tiny.save_decoder(tmp_path / "model", head_dim=16, seed=1)
     with pytest.raises(FolderError, match=r"does not fit .*: it was trained on .*, and their weights differ"):
-        add_adapter(a_run(tmp_path / "other", other), base / "int4")
+        add_adapter(a_run(tmp_path / "other", other), swap_base / "int4")
     with pytest.raises(SettingsError, match=r"is for text-classification, .* for text-generation"):
-        add_adapter(a_run(tmp_path / "task", decoder_model, task="text-classification"), base / "int4")
-    export(str(base / "merged"), tmp_path / "plain")
+        add_adapter(a_run(tmp_path / "task", decoder_model, task="text-classification"), swap_base / "int4")
+    export(str(swap_base / "merged"), tmp_path / "plain")
     with pytest.raises(SettingsError, match="has no place for adapters"):
         add_adapter(a_run(tmp_path / "run", decoder_model), tmp_path / "plain")
     with pytest.raises(SettingsError, match="--adapters swap makes a base bundle"):
@@ -77,10 +72,10 @@ def test_runs_of_other_models_tasks_and_kinds_are_refused(base: Path, decoder_mo
 
 
 @pytest.mark.parametrize("damage", ["cut", "noise", "shape", "foreign"])
-def test_damaged_files_are_messages(base: Path, decoder_model: Path, tmp_path: Path, damage: str) -> None:
+def test_damaged_files_are_messages(swap_base: Path, decoder_model: Path, tmp_path: Path, damage: str) -> None:
     import onnxruntime as ort
 
-    bundle = copy(base, "fp32", tmp_path / "bundle")
+    bundle = copy(swap_base, "fp32", tmp_path / "bundle")
     file = bundle / add_adapter(a_run(tmp_path / "one", decoder_model), bundle)["file"]
     if damage in ("cut", "noise"):
         data = file.read_bytes()
