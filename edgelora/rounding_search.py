@@ -257,8 +257,7 @@ class Measure:
             picked = [rungs[number][name].choice for name, paths in self.groups.items() for _ in paths]
             table.append(
                 {
-                    "size": console.show_bytes(sizes[number] + fixed),
-                    "size_mb": round((sizes[number] + fixed) / 2**20, 1),
+                    "size_mb": round((sizes[number] + fixed) / 2**20, 2),
                     "bits a weight": round(8 * sizes[number] / weights, 2),
                     "loss": round(loss, 4),
                     "rise": f"{100 * (loss / least - 1):+.1f}%" if math.isfinite(least) else None,

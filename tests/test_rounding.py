@@ -157,7 +157,7 @@ def test_a_size_is_kept_and_used(llama: tuple[str, str], tmp_path: Path) -> None
     assert 0.6 * limit < folder_bytes(tmp_path / "out") <= limit
     chosen = [row for row in figures["trade"] if row["chosen"]]
     assert len(chosen) == 1
-    assert len({row["size_mb"] for row in figures["trade"]}) == len(figures["trade"]) > 2
+    assert len({row["bits a weight"] for row in figures["trade"]}) == len(figures["trade"]) > 2
     layers = MergedCheckpoint.open(tmp_path / "out").layers
     assert {layer["bits"] for layer in layers.values()} == {4, 8}
     for i in range(2):  # layers with one input stay one product
