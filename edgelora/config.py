@@ -13,7 +13,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from edgelora.errors import SettingsError, did_you_mean
 
-Config = TypeVar("Config", "FinetuneConfig", "GenerateConfig")
+Config = TypeVar("Config", "FinetuneConfig", "GenerateConfig", "ServeConfig")
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,18 @@ class GenerateConfig:
     seed: int = setting(0, "Seed of the sampling.", flag=True, allowed=AT_LEAST_0)
     system: str | None = setting(None, "System turn put before the prompt.", flag=True)
     raw: bool = setting(False, "Give the prompt to the model as it is, without the chat template.", flag=True)
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """Settings of `edgelora serve`."""
+
+    host: str = setting("127.0.0.1", "Address to listen at. Others than this machine's own need an API key.", flag=True)
+    port: int = setting(8000, "Port to listen at; 0: any that is free.", flag=True, allowed=Range(0, 65535))
+    api_key: str | None = setting(None, "Key that requests must carry.")
+    queue: int = setting(256, "Requests that may wait; one more is answered with status 429.", allowed=AT_LEAST_1)
+    timeout: float = setting(600.0, "Seconds that a request may take, waiting included.", allowed=ABOVE_0)
+    max_body: int = setting(4 << 20, "Bytes that the body of a request may have.", allowed=AT_LEAST_1)
 
 
 def load_toml(path: Path, base: Config) -> Config:

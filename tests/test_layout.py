@@ -44,6 +44,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "levels",
         "export",
         "run",
+        "serve",
         "evaluate",
         "report",
         "held_out",

@@ -25,6 +25,7 @@ TRAIN_MODULES = frozenset(
     {"torch", "transformers", "optimum", "onnx", "onnx_ir", "onnxscript", "safetensors", "gguf", "huggingface_hub", "pyarrow"}
     | {"sklearn"}
 )
+SERVE_MODULES = frozenset({"starlette", "uvicorn", "anyio"})  # of edgelora[serve]
 
 
 def guarded(run: Callable[[], object]) -> int:
@@ -55,6 +56,8 @@ def as_message(error: BaseException) -> EdgeLoRAError:
         return _usage_error(error)
     if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in TRAIN_MODULES:
         return MachineError(f"{error.name} is not installed; this verb needs it", hint='pip install "edgelora[train]"')
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in SERVE_MODULES:
+        return MachineError(f"{error.name} is not installed; this verb needs it", hint='pip install "edgelora[serve]"')
     if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
         return MachineError("out of memory", hint="close other programs, or give --ram a smaller budget")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
