@@ -153,7 +153,7 @@ def time_classifier(model: Any) -> dict[str, float]:
 
     classifier = model.classifier
     length = min(CLASSIFIER_TOKENS, classifier.max_length)
-    ids = np.arange(length, dtype=np.int32) % classifier.tokenizer.vocab_size
+    ids = np.arange(length, dtype=np.int32) % classifier.processor.vocab_size
     example = Example({"ids": ids, "label": np.array(-1, np.int32)})
     times = []
     for _ in range(CLASSIFIER_RUNS):

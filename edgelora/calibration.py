@@ -17,7 +17,6 @@ from edgelora.data.read import iterate_file
 from edgelora.errors import DataError
 from edgelora.tasks import get_task
 from edgelora.tasks.base import Example, Row, Task
-from edgelora.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +34,7 @@ class Calibration:
     """examples: rounded with. held_out: the result is measured on these rows, which took no part; may be empty."""
 
     task: Task
-    tokenizer: Tokenizer
+    processor: Any
     labels: list[str]
     examples: list[Example]
     held_out: list[Example]
@@ -52,7 +51,7 @@ class Calibration:
         return {"rows": len(self.examples), "tokens": self.tokens, "held_out_rows": len(self.held_out), "data": self.source}
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Any]:
-        return self.task.collate(examples, self.tokenizer.pad_token_id or 0)
+        return self.task.collate(examples, self.processor)
 
     def batches(self) -> list[dict[str, Tensor]]:
         """Return the examples in batches without padding, each of at most BATCH_TOKENS (or one example)."""
@@ -84,8 +83,8 @@ class Calibration:
 
         if not examples:
             return {}
-        predictor = TorchPredictor(model, functools.partial(self.task.collate, pad_token_id=self.tokenizer.pad_token_id or 0))
-        metrics = self.task.evaluate(predictor, rows, examples, self.tokenizer, self.labels, generate=False)
+        predictor = TorchPredictor(model, functools.partial(self.task.collate, processor=self.processor))
+        metrics = self.task.evaluate(predictor, rows, examples, self.processor, self.labels, generate=False)
         return {name: value for name, value in metrics.items() if isinstance(value, float)}
 
 
@@ -101,10 +100,11 @@ def from_run(run: Path, task: str, labels: list[str], settings: Mapping[str, Any
     if limit < len(valid):  # as train/finetune.py samples them, so that the figures are those of the same rows
         chosen = sorted(np.random.default_rng(0).permutation(len(valid))[:limit].tolist())
     examples = enough(train[row] for row in order)
-    tokenizer = Tokenizer.from_folder(run)
+    chosen_task = get_task(task)
+    processor = chosen_task.open_processor(run)
     held_out = [valid[row] for row in chosen]
     return Calibration(
-        get_task(task), tokenizer, labels, examples, held_out, [texts[row] for row in chosen], f"training rows of {run.name}"
+        chosen_task, processor, labels, examples, held_out, [texts[row] for row in chosen], f"training rows of {run.name}"
     )
 
 
@@ -115,7 +115,8 @@ def from_data(
 
     Raises DataError with every problem of the rows that were chosen.
     """
-    task, tokenizer = get_task(task_name), Tokenizer.from_folder(folder)
+    task = get_task(task_name)
+    processor = task.open_processor(folder)
     paths = find_files(data)["train"]
     check_columns(task, columns, peek_columns(paths[0], columns), data)
     problems = Problems()
@@ -133,7 +134,7 @@ def from_data(
             path, line, row = found[number]
             wrong = task.problems(row) or label_problems(task, row, labels)
             if not wrong:
-                example = task.truncate(task.encode(row, tokenizer, labels), max_length)
+                example = task.truncate(task.encode(row, processor, labels), max_length)
                 wrong = task.example_problems(example, max_length)
             for text in wrong:
                 problems.add(path, line, text)
@@ -150,7 +151,7 @@ def from_data(
     if not examples:
         raise DataError(f"{data} has no rows")
     name = f"rows of {Path(data).name}"
-    return Calibration(task, tokenizer, labels, examples, [e for e, _ in held_out], [row for _, row in held_out], name)
+    return Calibration(task, processor, labels, examples, [e for e, _ in held_out], [row for _, row in held_out], name)
 
 
 def label_problems(task: Task, row: Row, labels: Sequence[str]) -> list[str]:

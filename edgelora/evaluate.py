@@ -17,7 +17,6 @@ from edgelora.data.read import iterate_file
 from edgelora.errors import DataError, FolderError, MachineError, SettingsError, did_you_mean
 from edgelora.folder import MANIFEST, read_manifest
 from edgelora.tasks import get_task, guess_task
-from edgelora.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from edgelora.models.source import ModelSource
@@ -79,15 +78,15 @@ def evaluate(
         else:
             trusted = trust_remote_code
             loaded = load_torch(target, kind, manifest, chosen, float_=float_, threads=threads, trust_remote_code=trusted)
-    tokenizer = Tokenizer.from_folder(loaded.folder)
+    processor = chosen.open_processor(loaded.folder)
     if own is not None:
-        split, taken = own[0], Rows(loaded, tokenizer, str(target), {}, truncate=truncate).encode(own[1], rows)
+        split, taken = own[0], Rows(loaded, processor, str(target), {}, truncate=truncate).encode(own[1], rows)
     else:
         assert data is not None
-        split, taken = Rows(loaded, tokenizer, data, columns or {}, truncate=truncate).read(rows)
+        split, taken = Rows(loaded, processor, data, columns or {}, truncate=truncate).read(rows)
     started = time.perf_counter()
     with console.progress(f"evaluating {len(taken.rows)} rows"):
-        metrics = chosen.evaluate(loaded.predictor, taken.rows, taken.examples, tokenizer, loaded.labels, generate=generate)
+        metrics = chosen.evaluate(loaded.predictor, taken.rows, taken.examples, processor, loaded.labels, generate=generate)
     seconds = round(time.perf_counter() - started, 2)
     head = {"target": str(target), "kind": kind, "task": chosen.name, "split": split}
     return {**head, "rows": len(taken.rows), "metrics": metrics, "seconds": seconds}
@@ -166,8 +165,7 @@ def load_torch(
         if manifest["grid"] and not float_ and not scaled:
             put_on_grid(model, manifest["grid"])
             ship(model, folder, manifest["grid"])
-    tokenizer = Tokenizer.from_folder(folder)
-    collate = functools.partial(task.collate, pad_token_id=tokenizer.pad_token_id or 0)
+    collate = functools.partial(task.collate, processor=task.open_processor(folder))
     max_length = (manifest.get("settings") or {}).get("max_length") or model_length(source.config)
     return Target(kind, task, labels, folder, max_length, TorchPredictor(model, collate))
 
@@ -221,7 +219,7 @@ class Rows:
     """Rows for a target, checked and encoded; every problem is reported at once."""
 
     target: Target
-    tokenizer: Tokenizer
+    processor: Any
     data: str
     columns: Mapping[str, str]
     truncate: bool
@@ -271,7 +269,7 @@ class Rows:
         if label is not None and label not in labels:
             return [f'the label "{label}" does not occur in training.{did_you_mean(label, labels)}']
         try:
-            example = task.encode(row, self.tokenizer, labels)
+            example = task.encode(row, self.processor, labels)
         except DataError as error:
             return [error.message]
         if self.truncate:

@@ -18,7 +18,6 @@ from edgelora.models.agreement import Reference, Watched, WatchedBundle
 from edgelora.models.predictor import TorchPredictor
 from edgelora.report import Results, gain, line, with_kept
 from edgelora.tasks import get_task
-from edgelora.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from edgelora.adapters.adapted import Adapted
@@ -39,13 +38,13 @@ class HeldOut:
 
     task: Task
     labels: list[str]
-    tokenizer: Tokenizer
+    processor: Any
     rows: list[Row]
     examples: list[Example]
 
     @property
     def collate(self) -> Collate:
-        return functools.partial(self.task.collate, pad_token_id=self.tokenizer.pad_token_id or 0)
+        return functools.partial(self.task.collate, processor=self.processor)
 
     def score(self, predictor: TorchPredictor, reference: Reference | None = None, *, generate: bool = False) -> Scored:
         """Score a torch model, and compare it with the reference if there is one."""
@@ -62,7 +61,7 @@ class HeldOut:
         return self.evaluate(watched, generate=generate) | watched.found.figures()
 
     def evaluate(self, predictor: Predictor, *, generate: bool) -> Metrics:
-        return self.task.evaluate(predictor, self.rows, self.examples, self.tokenizer, self.labels, generate=generate)
+        return self.task.evaluate(predictor, self.rows, self.examples, self.processor, self.labels, generate=generate)
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def held_out(run: Path, manifest: Mapping[str, Any]) -> HeldOut | None:
     limit = int((manifest.get("settings") or {}).get("valid_rows", TABLE_ROWS))
     examples, rows = sample(prepared.store("valid"), prepared.texts("valid"), limit)
     task = get_task(str(manifest["task"]))
-    return HeldOut(task, list(manifest.get("labels") or []), Tokenizer.from_folder(run), rows, examples)
+    return HeldOut(task, list(manifest.get("labels") or []), task.open_processor(run), rows, examples)
 
 
 @dataclass(frozen=True)

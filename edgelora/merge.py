@@ -18,12 +18,13 @@ import torch
 
 from edgelora.errors import FolderError, SettingsError, did_you_mean
 from edgelora.folder import new_folder, read_manifest, refuse_existing, write_json, write_manifest
-from edgelora.models.tensors import CLASSIFICATION, GENERATION, decoder_layout, encoder_layout, guess_task
+from edgelora.models.tensors import guess_task, model_layout
 from edgelora.quant.bits import PRECISION_BITS
 from edgelora.quant.checkpoint import WEIGHTS, Layer, StreamedSafetensors
 from edgelora.quant.measure import measured
 from edgelora.rounding_plan import RoundingPlan, Wish, plan_rounding
 from edgelora.shipped import conclude
+from edgelora.tasks import get_task
 
 if TYPE_CHECKING:
     from edgelora.adapters.adapted import Adapted
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
     from edgelora.models.source import ModelSource
 
 BLOCK_SIZES = (32, 64)
-TASK_TYPES = {"SEQ_CLS": CLASSIFICATION, "CAUSAL_LM": GENERATION}
+TASK_TYPES = {"SEQ_CLS": "text-classification", "CAUSAL_LM": "text-generation"}
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,6 @@ def gather(run: Path | None, adapter: Path | Recipe | None, model: str | None) -
     from edgelora.adapters.combine import Recipe
     from edgelora.adapters.foreign import only_run, open_foreign
     from edgelora.adapters.scales import load_trained as load
-    from edgelora.models.families import decoder_spec
     from edgelora.models.source import open_model
 
     recipe = Recipe((adapter,)) if isinstance(adapter, Path) else adapter
@@ -132,10 +132,9 @@ def gather(run: Path | None, adapter: Path | Recipe | None, model: str | None) -
         check_base(source, trained, folder)
     file = load(run) if run is not None else (foreign.adapter if foreign else None)
     task = manifest.get("task") or guess_adapter_task(file, source.config)
-    layout = encoder_layout(source.config) if task == CLASSIFICATION else decoder_layout(decoder_spec(source.config))
-    adapted = Adapted.build(source, file, layout)
+    adapted = Adapted.build(source, file, model_layout(source.config, task))
     labels = list(manifest.get("labels") or (foreign.labels if foreign else []))
-    if task == CLASSIFICATION:
+    if get_task(task).has_labels:
         labels = check_labels(labels, num_labels(adapted), source.config)
     facts: dict[str, Any] = {key: manifest[key] for key in ("settings", "results") if key in manifest}
     tokenizer, notes = run or source.folder, []

@@ -23,9 +23,9 @@ from edgelora.quant.grid import QuantizedTensor, dequantize, quantize
 
 if TYPE_CHECKING:
     from edgelora.models.decoder import Decoder
-    from edgelora.models.encoder import Encoder
+    from edgelora.models.network import Network
 
-    Model = Decoder | Encoder
+    Model = Decoder | Network
 
 METHODS = ("gptq", "clip", "nearest")
 Weights = Callable[[str], Tensor]  # path → the merged weight [N, K], fp32

@@ -33,7 +33,7 @@ def conclude(folder: Path, inputs: Inputs, rows: Calibration | None, *, force: b
     if not is_ours(run) or read_manifest(run, "run", "merged", "bundle")["kind"] != "run":
         if rows is None or not rows.held_out:
             return facts
-        held = held_out.HeldOut(rows.task, rows.labels, rows.tokenizer, rows.rows, rows.held_out)
+        held = held_out.HeldOut(rows.task, rows.labels, rows.processor, rows.rows, rows.held_out)
         results = held_out.foreign_rows(folder, inputs.adapted, manifest, held)
         refuse_lost_gain(results, "merged", advice, force=force)
         return {**facts, "results": results}

@@ -18,11 +18,12 @@ from edgelora.errors import MachineError, SettingsError
 from edgelora.models import base_file
 from edgelora.models.base_file import cache_folder, make_room, open_base
 from edgelora.models.decoder import Decoder
-from edgelora.models.encoder import load_encoder
 from edgelora.models.linear import FrozenLinear, FrozenWeight, joined
 from edgelora.models.load import decoder_sections, load_decoder
+from edgelora.models.network import load_network
 from edgelora.models.source import ModelSource, open_model
 from edgelora.quant.grid import QuantizedTensor, quantize
+from edgelora.tasks import get_task
 
 IDS, STARTS = torch.arange(1, 13), torch.tensor([0, 5, 12])
 
@@ -154,7 +155,9 @@ def test_a_merged_folder_is_copied_only_to_be_streamed(folder: Path, tmp_path: P
 def test_an_encoder_is_mapped_too(family: str, tmp_path: Path, cache: Path) -> None:
     source = open_model(str(tiny.save_encoder(tmp_path / "model", family)))
     labels = list(source.config["id2label"].values())
-    first, again = (load_encoder(source, base_bits=4, block_size=32, labels=labels) for _ in range(2))
+    first, again = (
+        load_network(source, get_task("text-classification"), base_bits=4, block_size=32, labels=labels) for _ in range(2)
+    )
     assert len(files(cache)) == 1
     for path, layer in first.linears().items():
         assert isinstance(layer, FrozenLinear)

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from edgelora.errors import ModelError
-from edgelora.export import encoder
-from edgelora.export.encoder import EncoderGraph, build_encoder, export_encoder
+from edgelora.export import traced
+from edgelora.export.traced import TracedGraph, build_traced, export_traced
 from edgelora.merge import merge
-from edgelora.models.encoder import build_network
+from edgelora.models.network import build_network
 from edgelora.quant.checkpoint import MergedCheckpoint
 from edgelora.quant.grid import QuantizedTensor
 from tests.tiny import save_encoder
@@ -34,7 +34,7 @@ def merged(model: str, folder: Path, precision: str) -> MergedCheckpoint:
 
 def reference(checkpoint: MergedCheckpoint) -> Any:
     """Return transformers' model with the merged folder's weights, dequantized, and plain attention."""
-    network = build_network(checkpoint.config, checkpoint.labels)
+    network = build_network(checkpoint.config, "AutoModelForSequenceClassification", checkpoint.labels)
     network.load_state_dict({name: checkpoint.read(name) for name in checkpoint.names()}, assign=True)
     network.config._attn_implementation = "eager"
     return network.eval()
@@ -49,7 +49,7 @@ def batch(rows: int, length: int, vocabulary: int, pad: int, *, padded: bool) ->
     return {"input_ids": ids, "attention_mask": mask, "token_type_ids": (np.arange(length) > length // 2) + 0 * ids}
 
 
-def compare(graph: EncoderGraph, path: Path, network: Any, feeds: Arrays, tolerance: dict[str, float]) -> None:
+def compare(graph: TracedGraph, path: Path, network: Any, feeds: Arrays, tolerance: dict[str, float]) -> None:
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     feeds = {name: feeds[name] for name in graph.inputs}
     with torch.inference_mode():
@@ -66,7 +66,7 @@ def test_logits_are_those_of_torch_and_names_those_that_loaders_know(family: str
     types = {"bert": 2}.get(family, 1)  # DistilBERT's config has none at all
     options = {} if family in ("distilbert", "modernbert") else {"type_vocab_size": types}
     checkpoint = merged(str(save_encoder(tmp_path / "model", family, labels=5, **options)), tmp_path / "merged", precision)
-    graph = export_encoder(checkpoint, tmp_path / "model.onnx")
+    graph = export_traced(checkpoint, tmp_path / "model.onnx")
     names = ("input_ids", "attention_mask", "token_type_ids")[: 3 if types > 1 else 2]
     assert graph.inputs == names
     check_names(tmp_path / "model.onnx", names, 5)
@@ -81,7 +81,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> tuple[MergedCheckpoint, Pa
     """A tiny BERT at 4 bits and its graph."""
     folder = tmp_path_factory.mktemp("bert")
     checkpoint = merged(str(save_encoder(folder / "model", "bert")), folder / "merged", "int4")
-    export_encoder(checkpoint, folder / "model.onnx")
+    export_traced(checkpoint, folder / "model.onnx")
     return checkpoint, folder / "model.onnx"
 
 
@@ -113,7 +113,7 @@ def test_every_layer_is_one_fast_matmul_and_every_attention_one_node(bert: tuple
 
 def test_the_file_tells_nothing_of_the_machine_that_made_it(bert: tuple[MergedCheckpoint, Path]) -> None:
     content = bert[1].read_bytes()
-    assert str(Path(encoder.__file__).parents[1]).encode() not in content
+    assert str(Path(traced.__file__).parents[1]).encode() not in content
     assert b"site-packages" not in content
 
 
@@ -126,7 +126,7 @@ def check_names(path: Path, names: tuple[str, ...], num_labels: int) -> None:
 
 def test_an_exception_from_level_4_is_written_and_named(bert: tuple[MergedCheckpoint, Path]) -> None:
     path = "bert.encoder.layer.1.output.dense"
-    graph = build_encoder(bert[0], accuracy_levels={path: 0})
+    graph = build_traced(bert[0], accuracy_levels={path: 0})
     facts = graph.nodes[f"{path}/MatMulNBits"]
     assert facts == {"rows": {path: [0, 32]}, "bits": 4, "block_size": 32, "accuracy_level": 0}
     assert sum(node["accuracy_level"] == 4 for node in graph.nodes.values()) == len(graph.nodes) - 1
@@ -135,12 +135,12 @@ def test_an_exception_from_level_4_is_written_and_named(bert: tuple[MergedCheckp
 def test_a_model_that_torch_cannot_trace_is_a_message(
     bert: tuple[MergedCheckpoint, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def branching(self: Any, *inputs: torch.Tensor) -> torch.Tensor:
-        return inputs[0] if inputs[0].sum() > 3 else inputs[1]
+    def branching(self: Any, *inputs: torch.Tensor) -> tuple[torch.Tensor]:
+        return (inputs[0] if inputs[0].sum() > 3 else inputs[1],)
 
-    monkeypatch.setattr(encoder.Classifier, "forward", branching)
+    monkeypatch.setattr(traced.Traced, "forward", branching)
     with pytest.raises(ModelError, match="BertForSequenceClassification cannot be traced: "):
-        build_encoder(bert[0])
+        build_traced(bert[0])
 
 
 def test_minilm(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_minilm(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "tokenizer.json").write_bytes((source / "tokenizer.json").read_bytes())
     checkpoint = merged(str(tmp_path / "model"), tmp_path / "merged", "int4")
-    graph = export_encoder(checkpoint, tmp_path / "model.onnx")
+    graph = export_traced(checkpoint, tmp_path / "model.onnx")
     network = reference(checkpoint)
     for rows, padded in ((1, False), (4, True)):
         feeds = batch(rows, 24, 30000, 0, padded=padded)

@@ -10,19 +10,20 @@ import torch
 from tolerances import LOGITS_FP32
 
 from edgelora.errors import ModelError
-from edgelora.models.encoder import Encoder
 from edgelora.models.linear import FrozenEmbedding, FrozenLinear
 from edgelora.models.load import load_model
+from edgelora.models.network import Network
 from edgelora.models.recompute import Keeping
 from edgelora.models.source import open_model
 
 IDS = torch.tensor([[262, 5, 9, 200, 31, 263], [262, 7, 90, 263, 260, 260]])
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+BATCH = {"input_ids": IDS, "attention_mask": MASK}
 
 
-def load(folder: Path, bits: int = 32, labels: list[str] | None = None) -> Encoder:
+def load(folder: Path, bits: int = 32, labels: list[str] | None = None) -> Network:
     model = load_model(open_model(str(folder)), "text-classification", base_bits=bits, labels=labels or [])
-    assert isinstance(model, Encoder)
+    assert isinstance(model, Network)
     return model.eval()
 
 
@@ -35,7 +36,7 @@ def test_logits_equal_transformers(family: str, tmp_path: Path) -> None:
     ours = load(folder)
     with torch.no_grad():
         wanted = reference(input_ids=IDS, attention_mask=MASK).logits
-        torch.testing.assert_close(ours.logits(IDS, MASK), wanted, **LOGITS_FP32)
+        torch.testing.assert_close(ours.logits(**BATCH), wanted, **LOGITS_FP32)
     assert len(ours.linears()) >= 8
     assert not any(name.startswith(ours.head_names) for name in ours.linears())
     assert all(p.requires_grad == n.startswith(ours.head_names) for n, p in ours.network.named_parameters())
@@ -49,12 +50,12 @@ def test_low_bits_train_the_head_and_stay_close(family: str, tmp_path: Path) -> 
     assert FrozenLinear in kinds
     assert FrozenEmbedding in kinds
     with torch.no_grad():
-        assert torch.nn.functional.cosine_similarity(full.logits(IDS, MASK), small.logits(IDS, MASK)).min() > 0.99
-    small.logits(IDS, MASK).square().sum().backward()
+        assert torch.nn.functional.cosine_similarity(full.logits(**BATCH), small.logits(**BATCH)).min() > 0.99
+    small.logits(**BATCH).square().sum().backward()
     wanted = {name: parameter.grad.clone() for name, parameter in small.head_parameters().items()}
     small.zero_grad()
     small.keeping = Keeping(0)
-    small.logits(IDS, MASK).square().sum().backward()
+    small.logits(**BATCH).square().sum().backward()
     for name, parameter in small.head_parameters().items():
         torch.testing.assert_close(parameter.grad, wanted[name], **LOGITS_FP32)
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in small.head_parameters().values())
@@ -69,9 +70,9 @@ def test_base_only_checkpoint_gets_a_fresh_seeded_head(tmp_path: Path) -> None:
     torch.manual_seed(2)
     third = load(folder, labels=["a", "b", "c", "d"])
     assert first.head_names == ("classifier",)
-    assert first.logits(IDS, MASK).shape == (2, 4)
-    assert torch.equal(first.logits(IDS, MASK), second.logits(IDS, MASK))
-    assert not torch.equal(first.logits(IDS, MASK), third.logits(IDS, MASK))
+    assert first.logits(**BATCH).shape == (2, 4)
+    assert torch.equal(first.logits(**BATCH), second.logits(**BATCH))
+    assert not torch.equal(first.logits(**BATCH), third.logits(**BATCH))
     assert first.config["id2label"] == {0: "a", 1: "b", 2: "c", 3: "d"}
 
 
@@ -108,5 +109,5 @@ def test_no_classifier_for_the_model_type(tmp_path: Path) -> None:
     folder = tiny.save_encoder(tmp_path / "model", "bert")
     config = folder / "config.json"
     config.write_text(config.read_text().replace('"model_type": "bert"', '"model_type": "bart_unknown"'))
-    with pytest.raises(ModelError, match='there is no sequence classifier for the model type "bart_unknown"'):
+    with pytest.raises(ModelError, match='does not know the model type "bart_unknown"'):
         load(folder)

@@ -57,7 +57,7 @@ def made(folder: Path, source: ModelSource) -> tuple[Planner, Probe]:
     model = load_model(source, "text-generation", base_bits=32)
     inject.attach(model, LoRASettings(dropout=0.1), "all-linear")
     task = get_task("text-generation")
-    collate = functools.partial(task.collate, pad_token_id=0)
+    collate = functools.partial(task.collate, processor=None)
     return make_planner(source, prepared, CONFIG), Probe(model, task, collate, prepared.store("train"))
 
 

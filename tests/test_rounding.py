@@ -17,10 +17,9 @@ from edgelora.export.export import export
 from edgelora.folder import read_manifest, write_manifest
 from edgelora.levels import choose_levels, within_share
 from edgelora.merge import merge
-from edgelora.models.families import decoder_spec
 from edgelora.models.load import load_model
 from edgelora.models.source import open_model
-from edgelora.models.tensors import CLASSIFICATION, GENERATION, decoder_layout, encoder_layout
+from edgelora.models.tensors import GENERATION, model_layout
 from edgelora.models.walk import listening, walk_through
 from edgelora.quant.bits import Choice
 from edgelora.quant.checkpoint import MergedCheckpoint
@@ -44,14 +43,14 @@ def rows_of_labels(path: Path) -> str:
 
 def adapted_of(folder: Path, task: str) -> Adapted:
     source = open_model(str(folder))
-    layout = encoder_layout(source.config) if task == CLASSIFICATION else decoder_layout(decoder_spec(source.config))
+    layout = model_layout(source.config, task)
     return Adapted.build(source, None, layout)
 
 
 def some_batches(task: str) -> list[dict[str, torch.Tensor]]:
     torch.manual_seed(1)
     ids = [torch.randint(0, 250, (40,)) for _ in range(3)]
-    if task == CLASSIFICATION:
+    if task == "text-classification":
         return [{"input_ids": part.view(2, 20), "attention_mask": torch.ones(2, 20, dtype=torch.int64)} for part in ids]
     starts = torch.tensor([0, 15, 40])
     return [{"ids": part, "starts": starts, "positions": torch.tensor([3]), "targets": torch.tensor([3])} for part in ids]
@@ -76,8 +75,8 @@ def rounded(model: Any, adapted: Adapted, batches: Sequence[dict[str, torch.Tens
         (GENERATION, "llama", ["q_proj", "k_proj", "v_proj"]),
         (GENERATION, "gpt2", ["c_attn"]),
         (GENERATION, "gemma2", ["gate_proj", "up_proj"]),
-        (CLASSIFICATION, "bert", ["query", "key", "value"]),
-        (CLASSIFICATION, "modernbert", ["Wqkv"]),
+        ("text-classification", "bert", ["query", "key", "value"]),
+        ("text-classification", "modernbert", ["Wqkv"]),
     ],
 )
 def test_every_layer_is_rounded_on_what_the_rounded_ones_before_it_give(
@@ -85,7 +84,7 @@ def test_every_layer_is_rounded_on_what_the_rounded_ones_before_it_give(
 ) -> None:
     (save_decoder if task == GENERATION else save_encoder)(tmp_path / "model", family)
     adapted, batches = adapted_of(tmp_path / "model", task), some_batches(task)
-    labels = ["LABEL_0", "LABEL_1", "LABEL_2"] if task == CLASSIFICATION else []
+    labels = ["LABEL_0", "LABEL_1", "LABEL_2"] if task == "text-classification" else []
     whole = load_model(merged_source(adapted, labels, linears=True), task, base_bits=32, labels=labels).eval()
     # Without weights: each layer gets its own when its block is reached.
     model: Any = load_model(merged_source(adapted, labels, linears=False), task, base_bits=32, labels=labels).eval()

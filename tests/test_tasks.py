@@ -213,13 +213,13 @@ def test_texts_and_pairs_on_minilm(minilm_folder: Path) -> None:
     texts = ["My card!", "Wo ist meine Karte, bitte? " * 80]
     examples = [CLASSIFICATION.encode({"text": text, "label": "yes"}, ours, ["no", "yes"]) for text in texts]
     cut = [CLASSIFICATION.truncate(example, 64) for example in examples]
-    batch = CLASSIFICATION.collate(cut, ours.pad_token_id or 0)
+    batch = CLASSIFICATION.collate(cut, ours)
     wanted = theirs(texts, padding=True, truncation=True, max_length=64, return_tensors="np")
     for name in ("input_ids", "attention_mask"):
         np.testing.assert_array_equal(batch[name], wanted[name])
     assert batch["labels"].tolist() == [1, 1]
     pair = CLASSIFICATION.encode({"text": "a b", "text_pair": "c", "label": "no"}, ours, ["no", "yes"])
-    batch, wanted = CLASSIFICATION.collate([pair], 0), theirs("a b", "c", return_tensors="np")
+    batch, wanted = CLASSIFICATION.collate([pair], ours), theirs("a b", "c", return_tensors="np")
     for name in ("input_ids", "attention_mask", "token_type_ids"):
         np.testing.assert_array_equal(batch[name], wanted[name])
     assert shown(CLASSIFICATION, {"text": "Hi [b]", "label": "yes"}, ours) == "[CLS] hi [ b ] [SEP] → ⟦yes⟧"
@@ -244,8 +244,9 @@ def test_classification_metrics_are_those_of_scikit_learn(tokenizer: Tokenizer) 
     )
     assert metrics["report"]["never"]["support"] == 0.0
     assert CLASSIFICATION.baseline(examples, ["a", "b", "never"])["accuracy"] == 0.75
-    assert [label for label, _ in CLASSIFICATION.decode(logits[0], ["a", "b", "c"])] == ["a", "b", "c"]
-    assert CLASSIFICATION.decode(logits[0], ["a", "b", "c"])[0][1] == pytest.approx(0.7, **METRIC)
+    answer = CLASSIFICATION.decode({"logits": logits[0]}, {}, examples[0], tokenizer, ["a", "b", "c"])
+    assert [entry["label"] for entry in answer] == ["a", "b", "c"]
+    assert answer[0]["probability"] == pytest.approx(0.7, **METRIC)
 
 
 def test_without_scikit_learn_the_install_line_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -191,8 +191,9 @@ def merged_config(adapted: Adapted, labels: list[str]) -> dict[str, Any]:
     config = {key: value for key, value in adapted.source.config.items() if key != "quantization_config"}
     if adapted.layout.architecture:
         config["architectures"] = [adapted.layout.architecture]
-    if adapted.adapter is not None and f"{adapted.layout.embeddings[0]}.weight" in adapted.adapter.saved_modules:
-        config["vocab_size"] = adapted.shape(f"{adapted.layout.embeddings[0]}.weight")[0]
+    words = [f"{path}.weight" for path in adapted.layout.embeddings[:1]]
+    if adapted.adapter is not None and words and words[0] in adapted.adapter.saved_modules:
+        config["vocab_size"] = adapted.shape(words[0])[0]
     if len(adapted.layout.embeddings) > 1:
         config["tie_word_embeddings"] = False
     if labels:

@@ -22,7 +22,7 @@ from edgelora.errors import DataError
 
 if TYPE_CHECKING:
     from edgelora.models.decoder import Decoder
-    from edgelora.models.encoder import Encoder
+    from edgelora.models.network import Network
 
     Batch = dict[str, Tensor]
 
@@ -99,7 +99,7 @@ class Listener:
 
 
 @torch.no_grad()
-def eva(model: Decoder | Encoder, batches: Iterable[Batch], compute: Callable[[Batch], object]) -> int:
+def eva(model: Decoder | Network, batches: Iterable[Batch], compute: Callable[[Batch], object]) -> int:
     """Put the directions of the layers' inputs into all adapters' A, whose B are zero; return the number of batches it took.
 
     `compute` runs the model on a batch. Raises DataError if the batches are too few for the rank.

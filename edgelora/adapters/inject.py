@@ -16,8 +16,8 @@ from edgelora.quant.grid import QuantizedTensor
 
 if TYPE_CHECKING:
     from edgelora.models.decoder import Decoder
-    from edgelora.models.encoder import Encoder
     from edgelora.models.linear import FrozenLinear
+    from edgelora.models.network import Network
 
 ALL_LINEAR = "all-linear"
 
@@ -51,7 +51,7 @@ def suffixes(paths: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(path.rpartition(".")[2] for path in paths))
 
 
-def attach(model: Decoder | Encoder, settings: LoRASettings, targets: str) -> dict[str, LoRA]:
+def attach(model: Decoder | Network, settings: LoRASettings, targets: str) -> dict[str, LoRA]:
     """Put a new adapter on each target layer; return them by path.
 
     Raises SettingsError for targets and patterns that match no layer, and for ranks that a layer is too small for.
@@ -90,7 +90,7 @@ def initial_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {f"{path}.initial_{name}": pair[i] for path, pair in pairs.items() for i, name in enumerate("AB")}
 
 
-def frozen_linears(model: Decoder | Encoder) -> dict[str, FrozenLinear]:
+def frozen_linears(model: Decoder | Network) -> dict[str, FrozenLinear]:
     """Return the layers that have no adapter yet, by path, in the model's order."""
     from edgelora.models.linear import FrozenLinear
 

@@ -37,9 +37,9 @@ from edgelora.folder import write_json
 
 if TYPE_CHECKING:
     from edgelora.models.decoder import Decoder
-    from edgelora.models.encoder import Encoder
+    from edgelora.models.network import Network
 
-    Model = Decoder | Encoder
+    Model = Decoder | Network
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."

@@ -29,9 +29,9 @@ from edgelora.scales_delta import FILE, Delta, read_delta
 
 if TYPE_CHECKING:
     from edgelora.models.decoder import Decoder
-    from edgelora.models.encoder import Encoder
+    from edgelora.models.network import Network
 
-    Model = Decoder | Encoder
+    Model = Decoder | Network
 
 # Learning rate of c as a multiple of an adapter's. SmolLM2, 60 steps on E2E rows, mean training loss of steps 7 to 13 and 13 to
 # 25: rate 2e-3 1.729; 4e-3 1.655 and 1.411; 1e-2 1.713 and 1.484; 2e-2 worse from the first steps on.

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edgelora.data.files import Files, find_files
-from edgelora.data.read import iterate_file
+from edgelora.data.read import iterate_file, with_paths
 from edgelora.data.split import choose_valid, parse_share, row_hash
 from edgelora.errors import DataError, SettingsError, did_you_mean
 from edgelora.tasks import TASKS, get_task, guess_task
@@ -66,6 +66,10 @@ class Scan:
     valid: set[int] = field(default_factory=set)
     """Hashes of the rows of "train" that validate instead; empty where there is a file of validation rows."""
 
+    def located(self, path: Path, row: Row) -> Row:
+        """Return a row of `path` with the paths that it holds as they are found from here; rows are hashed without."""
+        return with_paths(row, self.task.file_columns, path)
+
     def rows(self, split: str) -> Iterator[tuple[Path, int, Row]]:
         """Yield (file, line, normalized row) of every readable row of a split's files."""
         for path in self.files[split]:
@@ -108,7 +112,7 @@ def scan_split(result: Scan, split: str, limit: int | None = None) -> list[str |
     """Check each row of a split (or the first `limit` ones) and hash it; return the rows' labels."""
     hashes, bad, labels = array("Q"), set(), []
     for path, line, row in islice(result.rows(split), limit):
-        problems = result.task.problems(row) + encoding_problems(row)
+        problems = result.task.problems(result.located(path, row)) + encoding_problems(row)
         for text in problems:
             result.problems.add(path, line, text)
         if problems:

@@ -16,28 +16,28 @@ from edgelora.config import FinetuneConfig
 from edgelora.data.check import scan
 from edgelora.data.prepare import prepare
 from edgelora.tasks import get_task
-from edgelora.tokenizer import Tokenizer
 
 FIRST_ROWS = 3
 BINS = 8
 BAR = 40  # characters of the longest bar
 
 
-def describe(data: str, tokenizer_folder: Path | None, config: FinetuneConfig, *, max_length: int = 1024) -> dict[str, Any]:
+def describe(data: str, processor_folder: Path | None, config: FinetuneConfig, *, max_length: int = 1024) -> dict[str, Any]:
     """Return what was read from DATA, refused as `finetune` would refuse it.
 
-    With a tokenizer, lengths are tokens and rows are shown as rich markup with what is trained between ⟦ and ⟧; without one,
-    lengths are characters and rows are as read. `max_length` counts where the settings have none.
+    With a model's folder, lengths are in the task's unit (tokens) and rows are shown as rich markup with what is trained
+    between ⟦ and ⟧; without one, lengths are characters and rows are as read. `max_length` counts where the settings have none.
     """
-    if tokenizer_folder is None:
+    if processor_folder is None:
         return describe_text(data, config)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        prepared = prepare(data, tokenizer_folder, Path(folder) / "rows", config, max_length=config.max_length or max_length)
-        task, tokenizer = get_task(prepared.task), Tokenizer.from_folder(tokenizer_folder)
+        prepared = prepare(data, processor_folder, Path(folder) / "rows", config, max_length=config.max_length or max_length)
+        task = get_task(prepared.task)
+        processor = task.open_processor(processor_folder)
         lengths = np.concatenate([prepared.store(split).lengths for split in prepared.rows])
-        first = [task.show(example, tokenizer, prepared.labels) for example in prepared.store("train")[:FIRST_ROWS]]
+        first = [task.show(example, processor, prepared.labels) for example in prepared.store("train")[:FIRST_ROWS]]
     splits = {
-        name: {"rows": rows, "tokens": prepared.tokens[name], "trained": prepared.supervised[name]}
+        name: {"rows": rows, task.unit: prepared.tokens[name], "trained": prepared.supervised[name]}
         for name, rows in prepared.rows.items()
     }
     return {
@@ -45,7 +45,7 @@ def describe(data: str, tokenizer_folder: Path | None, config: FinetuneConfig, *
         "task": prepared.task,
         "columns": prepared.columns,
         "splits": splits,
-        "lengths": {"unit": "tokens", **summarize(lengths), "limit": prepared.max_length, "truncated": prepared.truncated},
+        "lengths": {"unit": task.unit, **summarize(lengths), "limit": prepared.max_length, "truncated": prepared.truncated},
         "labels": prepared.label_counts,
         "first_rows": first,
     }
@@ -107,7 +107,7 @@ def render(result: dict[str, Any]) -> None:
             for label, count in sorted(train[1].items(), key=lambda item: -item[1])
         ]
         console.table("labels", rows)
-    trained = " as the model sees them, ⟦what is trained⟧" if lengths["unit"] == "tokens" else ""
+    trained = " as the model sees them, ⟦what is trained⟧" if lengths["unit"] != "characters" else ""
     console.markup(f"first rows{trained}:")
     for text in result["first_rows"]:
         console.markup(text)

@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from edgelora.data.read import READERS
+from edgelora.data.read import READERS, is_picture
 from edgelora.errors import DataError, MachineError
 
 SPLITS = {"train": ("train", "training"), "valid": ("valid", "validation", "dev", "val", "eval"), "test": ("test", "testing")}
@@ -35,6 +35,8 @@ def find_files(data: str) -> Files:
 def folder_files(folder: Path, name: str) -> Files:
     """Return the files of a folder: train.jsonl, valid.csv, data/train-00000-of-00002.parquet, train/0.parquet …"""
     found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in READERS and not hidden(p.relative_to(folder)))
+    if not found and (pictures := picture_folders(folder)):
+        return pictures
     files: Files = {}
     for path in found:
         relative = path.relative_to(folder)
@@ -51,6 +53,20 @@ def folder_files(folder: Path, name: str) -> Files:
             f"{name} has no train file; found: {listed}", hint="name the files train.jsonl, valid.jsonl and test.jsonl"
         )
     return files
+
+
+def picture_folders(folder: Path) -> Files:
+    """Return FOLDER/{train,valid,test} where these hold pictures by label, else FOLDER as train where it does; {} otherwise."""
+    inside = [path for path in folder.iterdir() if path.is_dir() and not hidden(path.relative_to(folder))]
+    named = {split: [path for path in inside if path.name.lower() in names] for split, names in SPLITS.items()}
+    files = {split: paths for split, paths in named.items() if any(map(has_labelled, paths))}
+    if "train" in files:
+        return files
+    return {"train": [folder]} if has_labelled(folder) else {}
+
+
+def has_labelled(folder: Path) -> bool:
+    return any(is_picture(path) for path in folder.glob("*/**/*"))
 
 
 def hidden(relative: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Rows → stores, in a process of its own: tokenizing a large file leaves nothing behind in the process that trains.
+"""Rows → stores, in a process of its own: encoding a large file leaves nothing behind in the process that trains.
 
 OUT/prepared.json            what `Prepared` holds
 OUT/{train,valid,test}/      stores of encoded rows (data/store.py)
@@ -27,7 +27,6 @@ from edgelora.data.store import Store, StoreWriter
 from edgelora.errors import DataError, EdgeLoRAError, FolderError, Interrupted, MachineError
 from edgelora.folder import disk_errors, refuse_existing, write_json
 from edgelora.tasks.base import Row
-from edgelora.tokenizer import Tokenizer
 
 PREPARED = "prepared.json"
 TEXTS = ("valid", "test")
@@ -67,7 +66,7 @@ class Prepared:
             return [json.loads(line) for line in file]
 
 
-def prepare(data: str, tokenizer_folder: Path, out: Path, config: FinetuneConfig, *, max_length: int) -> Prepared:
+def prepare(data: str, processor_folder: Path, out: Path, config: FinetuneConfig, *, max_length: int) -> Prepared:
     """Read, check, split and encode DATA into the new folder `out`, in a child process; nothing of it stays after an error.
 
     Raises DataError with every problem, and whatever else the child raised, as if it had happened here.
@@ -75,7 +74,7 @@ def prepare(data: str, tokenizer_folder: Path, out: Path, config: FinetuneConfig
     refuse_existing(out, overwrite=False)
     request = {
         "data": data,
-        "tokenizer": str(tokenizer_folder),
+        "processor": str(processor_folder),
         "out": str(out),
         "config": dataclasses.asdict(config),
         "max_length": max_length,
@@ -129,7 +128,7 @@ def main() -> int:
     out = Path(request["out"])
     try:
         with disk_errors(out):
-            write_stores(request["data"], Path(request["tokenizer"]), out, config, request["max_length"])
+            write_stores(request["data"], Path(request["processor"]), out, config, request["max_length"])
         answer: dict[str, Any] = {}
     except EdgeLoRAError as error:
         problems = error.problems if isinstance(error, DataError) else []
@@ -140,18 +139,18 @@ def main() -> int:
     return 0
 
 
-def write_stores(data: str, tokenizer_folder: Path, out: Path, config: FinetuneConfig, max_length: int) -> None:
-    tokenizer = Tokenizer.from_folder(tokenizer_folder)
+def write_stores(data: str, processor_folder: Path, out: Path, config: FinetuneConfig, max_length: int) -> None:
     with console.progress("reading rows"):
         found = scan(data, task=config.task, columns=config.columns, valid=config.valid)
     out.mkdir(parents=True, exist_ok=True)
-    writer = Writer(found, tokenizer, out, max_length, truncate=config.truncate)
-    with writer, console.progress("tokenizing", sum(map(len, found.hashes.values()))) as bar:
+    processor = found.task.open_processor(processor_folder)
+    writer = Writer(found, processor, out, max_length, truncate=config.truncate)
+    with writer, console.progress("encoding", sum(map(len, found.hashes.values()))) as bar:
         for split in found.files:
             for index, (path, line, row) in enumerate(found.rows(split)):
                 if index not in found.bad[split]:
                     held_out = split == "train" and found.hashes[split][index] in found.valid
-                    writer.add("valid" if held_out else split, path, line, row)
+                    writer.add("valid" if held_out else split, path, line, found.located(path, row))
                 bar.update(1)
     found.problems.refuse(data)
     for split, use in (("train", "train on"), ("valid", "validate with")):
@@ -174,14 +173,14 @@ def write_stores(data: str, tokenizer_folder: Path, out: Path, config: FinetuneC
         if common := sum(value in trained for value in found.hashes[split]):
             console.warn(f"{common} of the {writer.rows[split]} {split} rows are in training too: their scores will flatter")
     if writer.truncated:
-        console.warn(f"{writer.truncated} rows were cut to {max_length} tokens")
+        console.warn(f"{writer.truncated} rows were cut to {max_length} {found.task.unit}")
 
 
 class Writer:
     """Encodes rows into the stores of their splits; what is wrong with an encoded row joins the scan's problems."""
 
-    def __init__(self, found: Scan, tokenizer: Tokenizer, out: Path, max_length: int, *, truncate: bool) -> None:
-        self.found, self.tokenizer, self.out, self.max_length, self.truncate = found, tokenizer, out, max_length, truncate
+    def __init__(self, found: Scan, processor: Any, out: Path, max_length: int, *, truncate: bool) -> None:
+        self.found, self.processor, self.out, self.max_length, self.truncate = found, processor, out, max_length, truncate
         self.stores: dict[str, StoreWriter] = {}
         self.texts: dict[str, IO[str]] = {}
         self.rows: dict[str, int] = {}
@@ -199,7 +198,7 @@ class Writer:
 
     def add(self, split: str, path: Path, line: int, row: Row) -> None:
         try:
-            example = self.found.task.encode(row, self.tokenizer, self.found.labels)
+            example = self.found.task.encode(row, self.processor, self.found.labels)
         except DataError as error:
             self.found.problems.add(path, line, error.message)
             return

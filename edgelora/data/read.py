@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,38 @@ Report = Callable[[int, str], None]
 """Called with the line number and what is wrong there."""
 
 BOMS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 UTF8_BOM = b"\xef\xbb\xbf"
 
 
+def with_paths(row: Row, columns: Sequence[str], origin: Path) -> Row:
+    """Return a row that came from `origin`, a file or folder, with the relative paths in `columns` made absolute."""
+    folder = origin if origin.is_dir() else origin.parent
+    found = {name: str((folder / row[name]).absolute()) for name in columns if isinstance(row.get(name), str) and row[name]}
+    return {**row, **found}
+
+
 def iterate_file(path: Path, report: Report) -> Iterator[tuple[int, Row]]:
-    """Yield (line number, row) of a file, by its suffix; Parquet rows count from 1. Raises DataError for a whole file."""
+    """Return (line number, row) of a file, by its suffix; Parquet rows count from 1. Raises DataError for a whole file.
+
+    A folder whose files stand in folders named like their label has a row {"image", "label"} for each picture.
+    """
+    if path.is_dir():
+        return read_image_folder(path)
     if path.suffix.lower() not in READERS:
         raise DataError(f"{path.name} is not a data file; allowed: {', '.join(READERS)}")
     return READERS[path.suffix.lower()](path, report)
+
+
+def read_image_folder(folder: Path) -> Iterator[tuple[int, Row]]:
+    """Read FOLDER/LABEL/…/picture.jpg, in the order of their names; the number is the picture's place."""
+    pictures = sorted(path.relative_to(folder) for path in folder.glob("*/**/*") if is_picture(path))
+    for number, path in enumerate(pictures, 1):
+        yield number, {"image": path.as_posix(), "label": path.parts[0]}
+
+
+def is_picture(path: Path) -> bool:
+    return path.suffix.lower() in PICTURES and not path.name.startswith((".", "_"))
 
 
 def text_lines(path: Path, report: Report) -> Iterator[tuple[int, str]]:

@@ -1,13 +1,14 @@
 """Encoded rows in a folder, mapped into memory: reading one touches its pages only.
 
-store.json   {"rows": N, "arrays": {name: {"dtype": "int32", "ragged": true}}}
+store.json   {"rows": N, "arrays": {name: {"dtype": "int32", "shape": null | [sizes after the first]}}}
 <name>.bin   the values of all rows, one after the other
-<name>.ends  int64 [N]: where each row's values end, for ragged arrays
+<name>.ends  int64 [N]: where each row ends along the first axis; scalars (shape null) have none
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any, overload
@@ -32,16 +33,17 @@ class StoreWriter:
         self.rows = 0
 
     def add(self, example: Example) -> None:
-        """Append one example; its arrays have the names, types and ranks of the first one's."""
+        """Append one example; its arrays have the names, types and sizes (but the first) of the first one's."""
         for name, array in example.arrays.items():
+            described = {"dtype": array.dtype.name, "shape": list(array.shape[1:]) if array.ndim else None}
             if self.rows == 0:
-                self.arrays[name] = {"dtype": array.dtype.name, "ragged": array.ndim == 1}
+                self.arrays[name] = described
                 self.files[name] = (self.folder / f"{name}.bin").open("wb")
-                if array.ndim == 1:
+                if array.ndim:
                     self.files[f"{name}.ends"] = (self.folder / f"{name}.ends").open("wb")
-            assert self.arrays[name]["dtype"] == array.dtype.name
+            assert self.arrays[name] == described, f"{name} is {described}, of the first row {self.arrays[name]}"
             self.files[name].write(array.tobytes())
-            if array.ndim == 1:
+            if array.ndim:
                 self.ends[name] = self.ends.get(name, 0) + len(array)
                 self.files[f"{name}.ends"].write(np.int64(self.ends[name]).tobytes())
         assert example.arrays.keys() == self.arrays.keys()
@@ -66,14 +68,14 @@ class Store(Sequence[Example]):
             description = json.loads((folder / "store.json").read_text(encoding="utf-8"))
             rows, values, ends = int(description["rows"]), {}, {}
             for name, array in description["arrays"].items():
-                values[name] = map_file(folder / f"{name}.bin", np.dtype(array["dtype"]))
-                if array["ragged"]:
+                found, shape = map_file(folder / f"{name}.bin", np.dtype(array["dtype"])), array["shape"]
+                if shape is None:
+                    fits = len(found) == rows
+                else:
                     ends[name] = map_file(folder / f"{name}.ends", np.dtype(np.int64))
-                fits = (
-                    len(ends[name]) == rows and int(ends[name][-1]) == len(values[name])
-                    if array["ragged"]
-                    else len(values[name]) == rows
-                )
+                    fits = len(ends[name]) == rows and int(ends[name][-1]) * math.prod(shape) == len(found)
+                    found = found.reshape(-1, *shape) if fits else found
+                values[name] = found
                 if not fits:
                     raise FolderError(f"{folder} is damaged: {name} does not have the values of {rows} rows")
         except FileNotFoundError as error:
@@ -106,8 +108,12 @@ class Store(Sequence[Example]):
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each row, int64 [N]."""
-        return np.diff(self.ends["ids"], prepend=0) if self.rows else np.zeros(0, dtype=np.int64)
+        """The length of each row (tasks/base.py), int64 [N]."""
+        if not self.rows:
+            return np.zeros(0, dtype=np.int64)
+        if "ids" in self.ends:
+            return np.diff(self.ends["ids"], prepend=0)
+        return np.asarray(self.values["length"], dtype=np.int64) if "length" in self.values else np.ones(self.rows, np.int64)
 
 
 def map_file(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:

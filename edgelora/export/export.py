@@ -19,7 +19,7 @@ from edgelora.export.work import Work
 from edgelora.folder import MANIFEST, new_folder, read_manifest, refuse_existing, write_manifest
 from edgelora.models.families import decoder_spec, rope_parameters
 from edgelora.quant.checkpoint import MergedCheckpoint
-from edgelora.tokenizer import Tokenizer
+from edgelora.tasks import get_task
 
 if TYPE_CHECKING:
     from edgelora.models.spec import DecoderSpec
@@ -123,13 +123,14 @@ def kind_of(path: Path) -> str | None:
 def open_work(staging: Path, merged: Path, run: Path | None, precision: str, device: str) -> Work:
     checkpoint = MergedCheckpoint.open(merged)
     spec = decoder_spec(checkpoint.config) if checkpoint.task == GENERATION else None
-    return Work(staging, checkpoint, run, precision, device, spec, Tokenizer.from_folder(merged))
+    processor = get_task(checkpoint.task).open_processor(merged)
+    return Work(staging, checkpoint, run, precision, device, spec, processor)
 
 
 def write_bundle(work: Work, max_length: int | None) -> None:
     """Write the graph, the loaders' files and a first manifest."""
     checkpoint, spec = work.checkpoint, work.spec
-    eos, bos, pad = special_tokens(checkpoint.folder, checkpoint.config, sorted(work.tokenizer.stop_token_ids))
+    eos, bos, pad = special_tokens(checkpoint.folder, checkpoint.config, sorted(getattr(work.processor, "stop_token_ids", ())))
     positions = reach(checkpoint.config, spec)
     if max_length is not None and not 0 < max_length <= positions:
         raise SettingsError(f"max_length is {max_length}; this model takes 1 to {positions} tokens")
@@ -174,11 +175,11 @@ def write_graph(work: Work, positions: int) -> tuple[str, ...]:
         work.nodes = built.nodes
         save(built.model, path)
         return tuple(str(value.name) for value in built.model.graph.inputs)
-    from edgelora.export.encoder import export_encoder
+    from edgelora.export.traced import export_traced
 
-    encoder = export_encoder(work.checkpoint, path, levels)
-    work.nodes = encoder.nodes
-    return encoder.inputs
+    traced = export_traced(work.checkpoint, path, levels)
+    work.nodes = traced.nodes
+    return traced.inputs
 
 
 def exceptions(nodes: dict[str, dict[str, Any]]) -> dict[str, int]:

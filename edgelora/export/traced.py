@@ -1,9 +1,4 @@
-"""The ONNX graph of an encoder with a classification head, traced from transformers' own class.
-
-inputs   input_ids int64 [batch_size, sequence_length]
-         attention_mask int64 [batch_size, sequence_length]    1 for real tokens; padding on the right
-         token_type_ids int64 [batch_size, sequence_length]    where the family tells first and second text apart
-output   logits fp32 [batch_size, num_labels]
+"""The ONNX graph of a network that is no decoder, traced from transformers' own class; its inputs and outputs are the task's.
 
 Before tracing, linear layers become modules that emit one `MatMulNBits` with the merged folder's codes, and attention
 becomes a function that emits one `MultiHeadAttention`: no pattern has to be found again in the traced graph. The passes in
@@ -15,7 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,22 +19,25 @@ from typing import Any
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
+from torch.export import Dim
 
 from edgelora.errors import ModelError
 from edgelora.export.graph import save
 from edgelora.export.passes import apply
-from edgelora.models.encoder import build_network
+from edgelora.models.network import build_network
 from edgelora.quant.checkpoint import MergedCheckpoint
 from edgelora.quant.grid import QuantizedTensor
+from edgelora.tasks import get_task
+from edgelora.tasks.base import GraphTensor
 
 ATTENTION = "edgelora_onnx"  # the name of our attention function among transformers' implementations
 OPSET = 20  # the first with Gelu
 FAST_LEVEL = 4  # MatMulNBits' accuracy_level with int8 activations
-WRAPPER = "classifier_model."  # what the wrapper module puts in front of every initializer's name
+WRAPPER = "traced_model."  # what the wrapper module puts in front of every initializer's name
 
 
 @dataclass(frozen=True)
-class EncoderGraph:
+class TracedGraph:
     """nodes: MatMulNBits node name → {"rows": {path: [first, last + 1]}, "bits", "block_size", "accuracy_level"}."""
 
     model: ir.Model
@@ -50,47 +48,55 @@ class EncoderGraph:
         return tuple(str(value.name) for value in self.model.graph.inputs)
 
 
-def export_encoder(checkpoint: MergedCheckpoint, path: Path, accuracy_levels: Mapping[str, int] | None = None) -> EncoderGraph:
+def export_traced(checkpoint: MergedCheckpoint, path: Path, accuracy_levels: Mapping[str, int] | None = None) -> TracedGraph:
     """Write the graph to `path` and its weights beside it."""
-    built = build_encoder(checkpoint, accuracy_levels)
+    built = build_traced(checkpoint, accuracy_levels)
     save(built.model, path)
     return built
 
 
-def build_encoder(checkpoint: MergedCheckpoint, accuracy_levels: Mapping[str, int] | None = None) -> EncoderGraph:
+def build_traced(checkpoint: MergedCheckpoint, accuracy_levels: Mapping[str, int] | None = None) -> TracedGraph:
     """Return the graph of a merged folder; its weights are mapped from the folder, not copied.
 
     accuracy_levels: layer path → level, where it is not 4. Raises ModelError if torch cannot trace the model.
     """
+    task = get_task(checkpoint.task)
     model = load_for_export(checkpoint, accuracy_levels or {})
-    names = input_names(model)
-    # Two rows of three tokens: sizes of 0 and 1 would be taken for constants.
-    inputs = tuple(torch.ones(2, 3, dtype=torch.int64) for _ in names)
-    sizes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+    wanted = task.inputs(checkpoint.config, inspect.signature(model.forward).parameters)
+    outputs = [output.name for output in task.outputs]
+    traced = Traced(model, [tensor.name for tensor in wanted], outputs)
+    axes = dict.fromkeys(size for tensor in wanted for size in tensor.shape if isinstance(size, str))
+    dynamic = tuple({i: Dim.DYNAMIC for i, size in enumerate(tensor.shape) if isinstance(size, str)} for tensor in wanted)
     with quiet():
         try:
             program = torch.onnx.export(
-                Classifier(model), inputs, dynamo=True, opset_version=OPSET, verbose=False,
-                input_names=names, output_names=["logits"], dynamic_shapes=(tuple(sizes for _ in names),),
+                traced, examples(wanted, list(axes)), dynamo=True, opset_version=OPSET, verbose=False,
+                input_names=traced.names, output_names=outputs, dynamic_shapes=(dynamic,),
             )  # fmt: skip
         except torch.onnx.errors.OnnxExporterError as error:
             raise ModelError(f"{type(model).__name__} cannot be traced: {last_line(error)}") from error
     assert program is not None
     graph = apply(rename(program.model))
-    return EncoderGraph(graph, matmul_nodes(graph))
+    return TracedGraph(graph, matmul_nodes(graph))
 
 
-class Classifier(nn.Module):
-    """The traced function: input tensors, in the order of `input_names`, to logits."""
+def examples(wanted: Sequence[GraphTensor], axes: Sequence[str]) -> tuple[Tensor, ...]:
+    """Return ones of the inputs' shapes, each named axis of a size of its own: 0 and 1 would be taken for constants."""
+    shapes = [[axes.index(size) + 2 if isinstance(size, str) else size for size in tensor.shape] for tensor in wanted]
+    return tuple(torch.ones(shape, dtype=getattr(torch, tensor.dtype)) for shape, tensor in zip(shapes, wanted, strict=True))
 
-    def __init__(self, model: Any) -> None:
+
+class Traced(nn.Module):
+    """The traced function: input tensors, in the order of `names`, to those of `outputs`."""
+
+    def __init__(self, model: Any, names: Sequence[str], outputs: Sequence[str]) -> None:
         super().__init__()
-        self.classifier_model = model
-        self.names = input_names(model)
+        self.traced_model = model
+        self.names, self.outputs = list(names), list(outputs)
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        logits: Tensor = self.classifier_model(**dict(zip(self.names, inputs, strict=True))).logits
-        return logits
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        found = self.traced_model(**dict(zip(self.names, inputs, strict=True)))
+        return tuple(found[name] for name in self.outputs)
 
 
 class GridLinear(nn.Module):
@@ -154,7 +160,7 @@ def attention(
     """
     batch, heads, length, head_dim = query.shape
     if key.shape[1] != heads:
-        raise ModelError(f"the grouped attention of {type(module).__name__} is not known to the encoder's export")
+        raise ModelError(f"the grouped attention of {type(module).__name__} is not known to the export")
     rows = [tensor.transpose(1, 2).reshape(batch, -1, heads * head_dim) for tensor in (query, key, value)]
     scale = options.get("scaling")
     attributes = {"num_heads": heads, "scale": float(head_dim**-0.5 if scale is None else scale)}
@@ -184,7 +190,7 @@ def load_for_export(checkpoint: MergedCheckpoint, accuracy_levels: Mapping[str, 
 
     AttentionInterface.register(ATTENTION, attention)
     AttentionMaskInterface.register(ATTENTION, mask)
-    model = build_network(checkpoint.config, checkpoint.labels).eval()
+    model = build_network(checkpoint.config, get_task(checkpoint.task).auto_class, checkpoint.labels).eval()
     model.config._attn_implementation = ATTENTION if model._supports_attention_backend else "eager"
     for path in checkpoint.layers:
         weight = checkpoint.read_linear(path)
@@ -197,16 +203,10 @@ def load_for_export(checkpoint: MergedCheckpoint, accuracy_levels: Mapping[str, 
     for name, _ in list(model.named_parameters()):
         path, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(path), leaf, nn.Parameter(checkpoint.read(name), requires_grad=False))
+    for name, buffer in list(model.named_buffers()):
+        if checkpoint.has(name):  # statistics of batch norm
+            buffer.copy_(checkpoint.read(name))
     return model
-
-
-def input_names(model: Any) -> list[str]:
-    """token_type_ids are an input where there is more than one type: BERT's, not RoBERTa's or DistilBERT's."""
-    names = ["input_ids", "attention_mask"]
-    has_types = (
-        getattr(model.config, "type_vocab_size", 0) > 1 and "token_type_ids" in inspect.signature(model.forward).parameters
-    )
-    return [*names, "token_type_ids"] if has_types else names
 
 
 def rename(model: ir.Model) -> ir.Model:

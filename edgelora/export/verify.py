@@ -9,6 +9,7 @@ references is the yardstick: ONNX Runtime may be a few times as far from either,
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,21 +24,19 @@ from edgelora.export.graph import Array
 from edgelora.export.linear import Weights
 from edgelora.export.reference import decoder_logits, rounded_activations
 from edgelora.folder import MANIFEST, read_manifest
+from edgelora.models.agreement import first
+from edgelora.models.predictor import TorchPredictor
 from edgelora.quant.digest import different, digest_arrays, shortened
 from edgelora.quant.grid import QuantizedTensor
+from edgelora.tasks.base import TRIAL_TEXTS
 
 if TYPE_CHECKING:
     from edgelora.export.work import Work
     from edgelora.models.decoder import Decoder
-    from edgelora.models.encoder import Encoder
+    from edgelora.models.network import Network
     from edgelora.run.classify import Classifier
     from edgelora.run.decoder import DecoderSession
 
-TEXTS = (
-    "The quick brown fox jumps over the lazy dog. 1, 2, 3: what comes next?",
-    "Turn the lights in the kitchen to 40 percent and wake me at half past six.",
-    '{"name": "Loch Fyne", "food": "Japanese", "family friendly": true}',
-)
 PROMPT_TOKENS = 32
 NEW_TOKENS = 8
 
@@ -127,11 +126,13 @@ def compare(work: Work) -> dict[str, Any]:
         from edgelora.bundle import open_bundle
         from edgelora.run.classify import Classifier
 
-        return verify_encoder(Classifier(open_bundle(work.staging, verify=False)), work.network, quantized=quantized)
+        return verify_network(Classifier(open_bundle(work.staging, verify=False)), work.network, quantized=quantized)
     from edgelora.run.decoder import DecoderSession
 
     longest = int(work.manifest["max_length"])
-    prompts = [work.tokenizer.encode(text, add_special_tokens=False)[: min(PROMPT_TOKENS, longest // 2)] for text in TEXTS]
+    prompts = [
+        work.processor.encode(text, add_special_tokens=False)[: min(PROMPT_TOKENS, longest // 2)] for text in TRIAL_TEXTS
+    ]
     session = DecoderSession(work.model_path, max_length=longest)
     return verify_decoder(session, work.network, [prompt for prompt in prompts if prompt], quantized=quantized)
 
@@ -172,21 +173,22 @@ def onnx_logits(session: DecoderSession, prompt: Sequence[int]) -> tuple[Array, 
 
 
 @torch.no_grad()
-def verify_encoder(classifier: Classifier, model: Encoder, *, quantized: bool) -> dict[str, Any]:
-    """Compare on whole texts and their halves, batched by ONNX Runtime and one at a time in torch: padding must not matter."""
-    texts = [part for text in TEXTS for part in (text, text[: len(text) // 2], text[len(text) // 2 :])]
-    examples = [classifier.encode(text) for text in texts]
+def verify_network(classifier: Classifier, model: Network, *, quantized: bool) -> dict[str, Any]:
+    """Compare on the task's trial rows, batched by ONNX Runtime and one at a time in torch: padding must not matter."""
+    task, processor = classifier.task, classifier.processor
+    examples = [classifier.encode_row(row) for row in task.trial_rows(processor)]
+    predictor = TorchPredictor(model, functools.partial(task.collate, processor=processor))
 
     def reference() -> Array:
-        ids = [torch.from_numpy(example.arrays["ids"].astype(np.int64))[None] for example in examples]
-        logits: Array = torch.cat([model.logits(row, torch.ones_like(row)) for row in ids]).float().numpy()
-        return logits
+        found = [predictor.outputs([example])[0] for example in examples]
+        return np.concatenate([first(outputs, example).numpy() for outputs, example in zip(found, examples, strict=True)])
 
     exact, int8 = reference(), None
     if quantized:
         with rounded_activations(model):
             int8 = reference()
-    return Comparison(classifier.logits(examples), exact, int8).report()
+    found = zip(classifier.outputs(examples), examples, strict=True)
+    return Comparison(np.concatenate([first(outputs, example).numpy() for outputs, example in found]), exact, int8).report()
 
 
 def check_codes(

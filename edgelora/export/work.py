@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgelora.quant.checkpoint import MergedCheckpoint
-from edgelora.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from edgelora.adapters.peft_format import AdapterFile
@@ -26,8 +25,8 @@ class Work:
     run: Path | None
     precision: str
     device: str
-    spec: DecoderSpec | None  # None: an encoder
-    tokenizer: Tokenizer
+    spec: DecoderSpec | None  # None: no decoder
+    processor: Any  # what the task encodes with: a tokenizer, an image processor
     adapter: AdapterFile | None = None  # beside the weights
     branches: StaticBranches | SwapBranches | None = None  # of the graph, for adapters beside the weights
     nodes: dict[str, dict[str, Any]] = field(default_factory=dict)  # of the graph's MatMulNBits
@@ -40,7 +39,7 @@ class Work:
 
     @cached_property
     def network(self) -> Any:
-        """The torch model of the merged folder (Decoder or Encoder), its weights mapped from there, with `adapter` on it."""
+        """The torch model of the merged folder (Decoder or Network), its weights mapped from there, with `adapter` on it."""
         from edgelora.models.load import load_model
         from edgelora.models.source import open_model
 

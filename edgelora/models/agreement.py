@@ -110,6 +110,12 @@ class Watched:
         finally:
             self.predictor.watch = None
 
+    def outputs(self, examples: Sequence[Example]) -> list[dict[str, NDArray[np.float32]]]:
+        found = self.predictor.outputs(examples)
+        self.said = {number: first(outputs, examples[number]) for number, outputs in enumerate(found)}
+        self.head = None
+        return found
+
     def logits(self, examples: Sequence[Example]) -> NDArray[np.float32]:
         found = self.predictor.logits(examples)
         self.said = dict(enumerate(torch.split(torch.from_numpy(found), 1)))
@@ -147,10 +153,24 @@ class WatchedBundle:
         finally:
             self.predictor.watch = None
 
+    def outputs(self, examples: Sequence[Example]) -> list[dict[str, NDArray[np.float32]]]:
+        found = self.predictor.outputs(examples)
+        for said, outputs, example in zip(self.reference.said, found, examples, strict=True):
+            self.found.add([said], [first(outputs, example)])
+        return found
+
     def logits(self, examples: Sequence[Example]) -> NDArray[np.float32]:
         found = self.predictor.logits(examples)
         self.found.add([torch.cat(self.reference.said)], [torch.from_numpy(found)])
         return found
+
+
+def first(outputs: dict[str, NDArray[np.float32]], example: Example) -> Tensor:
+    """Return an example's first output as logits `[S, n]`; of an output per token those of real ones."""
+    array = next(iter(outputs.values()))
+    if array.ndim > 1 and "ids" in example.arrays:
+        array = array[: len(example)]
+    return torch.from_numpy(np.ascontiguousarray(array).reshape(-1, array.shape[-1]))
 
 
 def tiles(said: Tensor, head: Head | None) -> Iterator[Tensor]:

@@ -17,9 +17,10 @@ from edgelora.models.layout import decoder_shapes
 from edgelora.models.linear import FrozenEmbedding, FrozenLinear, FrozenWeight
 from edgelora.models.source import ModelSource
 from edgelora.models.spec import DecoderSpec
+from edgelora.tasks import get_task
 
 if TYPE_CHECKING:
-    from edgelora.models.encoder import Encoder
+    from edgelora.models.network import Network
 
 # Layers of a block by their input: they lie side by side, so that they can be one product.
 SAME_INPUT = (("q", "k", "v"), ("qkv",), ("o",), ("gate", "up"), ("gate_up",), ("down",))
@@ -28,7 +29,7 @@ SAME_INPUT = (("q", "k", "v"), ("qkv",), ("o",), ("gate", "up"), ("gate_up",), (
 def load_model(
     source: ModelSource, task: str, *, base_bits: int, block_size: int = 32, labels: Sequence[str] = (), streamed: bool = False,
     bits: Mapping[str, int] | None = None,
-) -> Decoder | Encoder:  # fmt: skip
+) -> Decoder | Network:  # fmt: skip
     """Return the model of a task with its frozen weights in `base_bits` (32, 16, 8, 4).
 
     streamed: a decoder's blocks are read from their file when they are computed and dropped after it; bits: 4 or 8 of the
@@ -37,9 +38,9 @@ def load_model(
     """
     if task == "text-generation":
         return load_decoder(source, base_bits=base_bits, block_size=block_size, streamed=streamed, bits=bits)
-    from edgelora.models.encoder import load_encoder
+    from edgelora.models.network import load_network
 
-    return load_encoder(source, base_bits=base_bits, block_size=block_size, labels=labels, layer_bits=bits)
+    return load_network(source, get_task(task), base_bits=base_bits, block_size=block_size, labels=labels, layer_bits=bits)
 
 
 def load_decoder(

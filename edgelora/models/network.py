@@ -1,4 +1,4 @@
-"""An encoder with a classification head: transformers' own class, its linear layers frozen and quantized as they arrive."""
+"""A network that is no decoder: transformers' own class, its linear layers frozen and quantized as they arrive."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ from edgelora.models.base_layout import Section
 from edgelora.models.linear import FrozenEmbedding, FrozenLinear, FrozenWeight
 from edgelora.models.recompute import Calls, Keeping, Shelf
 from edgelora.models.source import ModelSource
+from edgelora.tasks.base import Task
 
 WORD_EMBEDDINGS = ("word_embeddings", "tok_embeddings", "embed_tokens")
 
 
-class Encoder(nn.Module):
-    """A sequence classifier. `network` is transformers' model; `head_names` are the modules outside of its base, trained
-    whole (PEFT's modules_to_save)."""
+class Network(nn.Module):
+    """Whatever a task computes. `network` is transformers' model; `head_names` are the modules outside of its base, trained
+    whole (PEFT's modules_to_save); `output_names` what the task reads of its outputs."""
 
-    def __init__(self, network: Any, head_names: Sequence[str], pad_token_id: int) -> None:
+    def __init__(self, network: Any, head_names: Sequence[str], output_names: Sequence[str]) -> None:
         super().__init__()
         self.network = network
         self.head_names = tuple(head_names)
-        self.pad_token_id = pad_token_id
+        self.output_names = tuple(output_names)
         self._keeping = Keeping()
         self._shelf: Shelf | None = None
 
@@ -71,14 +72,19 @@ class Encoder(nn.Module):
         return (out, *others[0][1:]) if others else out
 
     def _layers(self) -> list[nn.Module]:
-        """Return the repeated layers: the first list of modules that is as long as the config's number of layers."""
+        """Return the repeated layers: the first list of modules that is as long as the config's number of layers; or none."""
         lists = [module for module in self.network.modules() if isinstance(module, nn.ModuleList)]
-        return list(next(layers for layers in lists if len(layers) == self.network.config.num_hidden_layers))
+        count = getattr(self.network.config, "num_hidden_layers", None)
+        return list(next((layers for layers in lists if len(layers) == count), []))
 
-    def logits(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return `[B, L]` for input_ids and attention_mask int64 `[B, S]`."""
-        logits: Tensor = self.network(input_ids=input_ids, attention_mask=attention_mask).logits
-        return logits
+    def outputs(self, **inputs: Tensor) -> dict[str, Tensor]:
+        """Return the outputs of the network's class by name, `[B, …]` each."""
+        found: dict[str, Tensor] = self.network(**inputs)
+        return found
+
+    def logits(self, **inputs: Tensor) -> Tensor:
+        """Return the output "logits"."""
+        return self.outputs(**inputs)["logits"]
 
     def linears(self) -> dict[str, nn.Module]:
         """Return the layers of the base that adapters may go to, by checkpoint path, in the order of the modules."""
@@ -103,21 +109,21 @@ class Encoder(nn.Module):
         return {name: value for name, value in self.network.named_parameters() if name.startswith(heads)}
 
 
-def load_encoder(
-    source: ModelSource, *, base_bits: int, block_size: int, labels: Sequence[str],
+def load_network(
+    source: ModelSource, task: Task, *, base_bits: int, block_size: int, labels: Sequence[str],
     layer_bits: Mapping[str, int] | None = None,
-) -> Encoder:  # fmt: skip
-    """Return the classifier of a source; its head is the checkpoint's when that has the same labels, else freshly drawn.
+) -> Network:  # fmt: skip
+    """Return the network of a task; its head is the checkpoint's when that has the same labels, else freshly drawn.
 
     Fresh weights come from torch's random state: call torch.manual_seed before. Raises ModelError for a model type that
-    has no classifier, and for missing or misshapen tensors of the base, all at once.
+    has no such class, and for missing or misshapen tensors of the base, all at once.
     """
-    network = build_network(source.config, labels)
+    network = build_network(source.config, task.auto_class, labels)
     prefix = f"{network.base_model_prefix}."
     heads = head_modules(network)
     known = list((source.config.get("id2label") or {}).values())
     keep_head = not labels or known == list(labels)
-    sections = encoder_sections(network, source, prefix, base_bits)
+    sections = network_sections(network, source, prefix, base_bits)
     if layer_bits:
         own = [{path: layer_bits[path] for (path,) in section.groups if path in layer_bits} for section in sections]
         sections = [dataclasses.replace(section, bits=bits) for section, bits in zip(sections, own, strict=True)]
@@ -127,12 +133,12 @@ def load_encoder(
     for name, parameter in network.named_parameters():
         if name.startswith(tuple(f"{head}." for head in heads)):
             parameter.requires_grad_(True)
-    return Encoder(network, heads, int(source.config.get("pad_token_id") or 0))
+    return Network(network, heads, [output.name for output in task.outputs])
 
 
-def build_network(config: dict[str, Any], labels: Sequence[str] = ()) -> Any:
-    """Return transformers' classifier of a config.json: parameters on the meta device, buffers real."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+def build_network(config: dict[str, Any], auto_class: str, labels: Sequence[str] = ()) -> Any:
+    """Return transformers' network of a config.json and an auto class: parameters on the meta device, buffers real."""
+    import transformers
 
     kind = str(config.get("model_type"))
     values = {key: value for key, value in config.items() if key not in ("model_type", "num_labels")}
@@ -140,11 +146,12 @@ def build_network(config: dict[str, Any], labels: Sequence[str] = ()) -> Any:
         values["id2label"] = dict(enumerate(labels))
         values["label2id"] = {label: number for number, label in enumerate(labels)}
     try:
-        settings = AutoConfig.for_model(kind, **values)
+        settings = transformers.AutoConfig.for_model(kind, **values)
         with parameters_on_meta():
-            return AutoModelForSequenceClassification.from_config(settings, dtype=torch.float32)
+            return getattr(transformers, auto_class).from_config(settings, dtype=torch.float32)
     except ValueError as error:
-        raise ModelError(f'there is no sequence classifier for the model type "{kind}": {str(error).splitlines()[0]}') from None
+        reason = str(error).splitlines()[0]
+        raise ModelError(f'transformers\' {auto_class} does not know the model type "{kind}": {reason}') from None
 
 
 @contextmanager
@@ -169,7 +176,7 @@ def head_modules(network: Any) -> list[str]:
     return [name for name, child in children if name != network.base_model_prefix and any(True for _ in child.parameters())]
 
 
-def encoder_sections(network: Any, source: ModelSource, prefix: str, bits: int) -> list[Section]:
+def network_sections(network: Any, source: ModelSource, prefix: str, bits: int) -> list[Section]:
     """Return the matrices of the base that `_fill` will quantize: the embedding, then the linear layers in their order."""
     names = set(source.names())
     tables: list[str] = []

@@ -14,7 +14,7 @@ from edgelora.models.head import TILE_ROWS
 
 if TYPE_CHECKING:
     from edgelora.models.decoder import Decoder
-    from edgelora.models.encoder import Encoder
+    from edgelora.models.network import Network
     from edgelora.models.spec import DecoderSpec
     from edgelora.tasks.base import Example
 
@@ -56,13 +56,13 @@ def generation_bytes(
 
 
 class TorchPredictor:
-    """The Predictor (tasks/base.py) of a Decoder or an Encoder. `collate` is the task's, its padding token filled in.
+    """The Predictor (tasks/base.py) of a Decoder or a Network. `collate` is the task's, its padding token filled in.
 
     batch_tokens: tokens computed at once (at least one row); cache_bytes: for keys and values while text is generated.
     """
 
     def __init__(
-        self, model: Decoder | Encoder, collate: Collate, *, batch_tokens: int = BATCH_TOKENS, cache_bytes: int = CACHE_BYTES
+        self, model: Decoder | Network, collate: Collate, *, batch_tokens: int = BATCH_TOKENS, cache_bytes: int = CACHE_BYTES
     ) -> None:
         self.model: Any = model
         self.collate = collate
@@ -115,14 +115,21 @@ class TorchPredictor:
     @torch.no_grad()
     def logits(self, examples: Sequence[Example]) -> NDArray[np.float32]:
         """Return the logits `[examples, labels]`."""
+        return np.stack([found["logits"] for found in self.outputs(examples, ("logits",))])
+
+    @gemm.exact()
+    @torch.no_grad()
+    def outputs(self, examples: Sequence[Example], names: Sequence[str] = ()) -> list[dict[str, NDArray[np.float32]]]:
+        """Return the network's outputs of those names (default: the model's) of each example; padding's come last."""
         self.model.eval()
-        rows: dict[int, NDArray[np.float32]] = {}
+        rows: list[dict[str, NDArray[np.float32]]] = [{} for _ in examples]
         for numbers in self._batches(examples):
             batch = to_tensors(self.collate([examples[i] for i in numbers]))
-            batch.pop("labels")
-            logits_BL = self.model.logits(**batch).float().numpy()
-            rows.update(zip(numbers, logits_BL, strict=True))
-        return np.stack([rows[i] for i in range(len(examples))])
+            found = self.model.outputs(**{name: value for name, value in batch.items() if not name.startswith("labels")})
+            for name in names or self.model.output_names:
+                for number, array in zip(numbers, found[name].float().numpy(), strict=True):
+                    rows[number][name] = array
+        return rows
 
     def _batches(self, examples: Sequence[Example]) -> Iterator[list[int]]:
         """Yield the numbers of examples of like length, longest first, at most `batch_tokens` (or one example) at once."""

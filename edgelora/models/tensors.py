@@ -10,8 +10,8 @@ import torch
 from edgelora.errors import ModelError
 from edgelora.models.layout import decoder_shapes
 from edgelora.models.spec import DecoderSpec
+from edgelora.tasks import TASKS, get_task
 
-CLASSIFICATION = "text-classification"
 GENERATION = "text-generation"
 
 
@@ -23,7 +23,7 @@ class Layout:
     linears: tuple[str, ...]
     embeddings: tuple[str, ...]
     plain: tuple[str, ...]
-    prefix: str = ""  # of an encoder's names, "bert.": what does not begin so is the classification head
+    prefix: str = ""  # of the names of a network's base, "bert.": what does not begin so is the head
     architecture: str = ""  # the class of transformers, where the checkpoint may name another one
     tied_head: str | None = None  # path of an LM head that is the embedding
     transposed: bool = False  # transformers' class keeps linear weights as [K, N] (GPT-2's Conv1D)
@@ -34,15 +34,16 @@ class Layout:
 
 
 def guess_task(config: dict[str, Any]) -> str:
-    """Return the task that config.json's `architectures` stands for."""
-    for name in config.get("architectures") or []:
-        if name.endswith("ForSequenceClassification"):
-            return CLASSIFICATION
-        if name.endswith(("ForCausalLM", "LMHeadModel")):
-            return GENERATION
+    """Return the task that config.json's `architectures` stands for: the first one with that class of transformers."""
+    heads = {name: get_task(name).auto_class.removeprefix("AutoModel") for name in TASKS}
+    for architecture in config.get("architectures") or []:
+        for name, head in heads.items():
+            if architecture.endswith((head, "LMHeadModel") if name == GENERATION else head):
+                return name
     found = ", ".join(config.get("architectures") or []) or "none"
+    allowed = ", ".join(f"…{head}" for head in dict.fromkeys(heads.values()))
     raise ModelError(
-        f"the model has no head that EdgeLoRA ships: {found}; allowed: …ForCausalLM, …ForSequenceClassification",
+        f"the model has no head that EdgeLoRA ships: {found}; allowed: {allowed}",
         hint="edgelora finetune MODEL DATA -o RUN, then edgelora export RUN -o BUNDLE",
     )
 
@@ -57,20 +58,39 @@ def decoder_layout(spec: DecoderSpec) -> Layout:
     return Layout(linears, embeddings, plain, tied_head=tied_head, transposed=spec.transposed)
 
 
-def encoder_layout(config: dict[str, Any]) -> Layout:
-    """Read the layout off transformers' sequence-classification class, built without weights.
+def model_layout(config: dict[str, Any], task: str) -> Layout:
+    """Return the layout of a model for a task: of a decoder, or of transformers' own class."""
+    if task == GENERATION:
+        from edgelora.models.families import decoder_spec
 
-    Linear layers of the encoder and the word embedding go on the grid. The classification head (everything outside of the
-    encoder) was trained as it is and stays fp32, like the norms, biases and the small position and type embeddings.
+        return decoder_layout(decoder_spec(config))
+    return network_layout(config, get_task(task).auto_class)
+
+
+def network_layout(config: dict[str, Any], auto_class: str) -> Layout:
+    """Read the layout off transformers' class for a task, built without weights.
+
+    Linear layers of the base and the word embedding go on the grid. The head (everything outside of the base) was trained as
+    it is and stays fp32, like convolutions, norms and their statistics, biases and the small position and type embeddings.
     """
-    from edgelora.models.encoder import build_network
+    from edgelora.models.network import build_network
 
-    model = build_network(config)
+    model = build_network(config, auto_class)
     prefix = f"{model.base_model_prefix}."
-    words = model.get_input_embeddings()
+    words = word_embedding(model)
     modules = dict(model.named_modules())
     linears = tuple(path for path, module in modules.items() if isinstance(module, torch.nn.Linear) and path.startswith(prefix))
     embeddings = tuple(path for path, module in modules.items() if module is words)
     quantized = {f"{path}.weight" for path in (*linears, *embeddings)}
-    plain = tuple(name for name in model.state_dict() if name not in quantized)
+    counters = ".num_batches_tracked"  # of batch norm: nothing reads it once training is over
+    plain = tuple(name for name in model.state_dict() if name not in quantized and not name.endswith(counters))
     return Layout(linears, embeddings, plain, prefix, type(model).__name__)
+
+
+def word_embedding(model: Any) -> torch.nn.Module | None:
+    """Return the table that tokens are looked up in; None of a network that reads no tokens."""
+    try:
+        table = model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+    return table if isinstance(table, torch.nn.Embedding) else None

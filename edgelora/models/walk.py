@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from edgelora.models.attention import Context
 from edgelora.models.decoder import Decoder, positions_of
-from edgelora.models.encoder import Encoder
 from edgelora.models.linear import FrozenLinear
+from edgelora.models.network import Network
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -59,14 +59,14 @@ class DecoderWalk:
             yield self.model.final_norm(hidden[batch["positions"]])
 
 
-class EncoderWalk:
-    """The layers of an Encoder, and last the whole network, for what lies outside of them.
+class NetworkWalk:
+    """The layers of a Network, and last the whole network, for what lies outside of them.
 
     A layer's arguments are caught in a pass from the first layer on that ends there: they may differ from layer to layer.
     Batches must not be padded.
     """
 
-    def __init__(self, model: Encoder, batches: Sequence[dict[str, Tensor]]) -> None:
+    def __init__(self, model: Network, batches: Sequence[dict[str, Tensor]]) -> None:
         self.model = model
         self.blocks: list[nn.Module] = [*model._layers(), model.network]
         self.batches = [{name: tensor for name, tensor in batch.items() if name != "labels"} for batch in batches]
@@ -90,8 +90,8 @@ class EncoderWalk:
         return caught
 
 
-def walk_through(model: Decoder | Encoder, batches: Sequence[dict[str, Tensor]]) -> Walk:
-    return DecoderWalk(model, batches) if isinstance(model, Decoder) else EncoderWalk(model, batches)
+def walk_through(model: Decoder | Network, batches: Sequence[dict[str, Tensor]]) -> Walk:
+    return DecoderWalk(model, batches) if isinstance(model, Decoder) else NetworkWalk(model, batches)
 
 
 @torch.no_grad()

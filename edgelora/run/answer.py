@@ -10,8 +10,6 @@ from edgelora.config import GenerateConfig
 from edgelora.errors import UserError
 from edgelora.run.model import Model, Prompt, load
 
-TOP = 3  # labels shown to people; JSON has all of them
-
 
 def run(
     bundle: Path,
@@ -44,15 +42,11 @@ def run_one(model: Model, prompt: Prompt, config: GenerateConfig | None, write: 
         if write is not None:
             write(note(written.finish, model) + "\n")
         return written.text
-    labelled = model.classify([str(prompt)])[0]
+    task = model.classifier.task
+    answer = model.answers([{task.answered: str(prompt)}])[0]
     if write is not None:
-        write("  ".join(f"{label} {probability:.1%}" for label, probability in labelled[:TOP]) + "\n")
-    return label_objects(labelled)
-
-
-def label_objects(labelled: Sequence[tuple[str, float]]) -> list[dict[str, Any]]:
-    """Return (label, probability) pairs as JSON has them."""
-    return [{"label": label, "probability": probability} for label, probability in labelled]
+        write(task.answer_text(answer) + "\n")
+    return answer
 
 
 def note(finish: str, model: Model) -> str:

@@ -13,7 +13,6 @@ from edgelora.config import GenerateConfig
 from edgelora.data.read import iterate_file
 from edgelora.errors import DataError, FolderError
 from edgelora.folder import disk_errors
-from edgelora.run.answer import label_objects
 from edgelora.run.model import Model, Prompt, load
 from edgelora.tasks.base import Row
 from edgelora.tasks.rows import parse_json_cells, text_problems
@@ -40,7 +39,7 @@ def run_file(
     if out.exists() and not overwrite:
         raise FolderError(f"{out} exists already", hint="add --overwrite, or choose another file with --output")
     model = load(bundle, threads=threads, adapter=adapter)
-    wanted = ("messages", "prompt", "text") if model.task == "text-generation" else ("text",)
+    wanted = ("messages", "prompt", "text") if model.task == "text-generation" else (model.classifier.task.answered,)
     read = read_rows(rows, wanted, columns or {})
     started = time.perf_counter()
     make = generate_all if model.task == "text-generation" else classify_all
@@ -67,11 +66,11 @@ def generate_all(
 def classify_all(
     model: Model, texts: list[Prompt], config: GenerateConfig | None, advance: Callable[[float], None]
 ) -> tuple[list[Any], int]:
-    """Return for each text its labels with probabilities, the most probable first."""
+    """Return the task's answer to each text or path."""
     outputs: list[Any] = []
     for start in range(0, len(texts), CLASSIFIED_AT_ONCE):
-        part = [str(text) for text in texts[start : start + CLASSIFIED_AT_ONCE]]
-        outputs += [label_objects(labelled) for labelled in model.classify(part)]
+        part = [{model.classifier.task.answered: str(text)} for text in texts[start : start + CLASSIFIED_AT_ONCE]]
+        outputs += model.answers(part)
         advance(len(part))
     return outputs, 0
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from edgelora.config import GenerateConfig, replace
 from edgelora.errors import SettingsError, UserError
 from edgelora.run.adapters import find
+from edgelora.tasks import TASKS
 
 if TYPE_CHECKING:
     from edgelora.bundle import Bundle
@@ -44,7 +45,7 @@ class Model:
             from edgelora.run.generate import Generator
 
             self._generator = Generator(bundle, threads=threads, adapter=found)
-        elif self.task == "text-classification":
+        elif self.task in TASKS:
             from edgelora.run.classify import Classifier
 
             self._classifier = Classifier(bundle, threads=threads, adapter=found)
@@ -72,7 +73,7 @@ class Model:
     @property
     def generator(self) -> Generator:
         if self._generator is None:
-            raise UserError(f"{self.bundle.folder} is a {self.task} bundle: it classifies, it writes no text")
+            raise UserError(f"{self.bundle.folder} is a {self.task} bundle: it writes no text")
         return self._generator
 
     @property
@@ -98,8 +99,12 @@ class Model:
         return iter(self.start(prompt, config, **settings))
 
     def classify(self, texts: Sequence[str | tuple[str, str]], *, batch_size: int = 16) -> list[list[tuple[str, float]]]:
-        """Return for each text, or pair of texts, all (label, probability), the most probable first."""
+        """Return for each text, pair of texts or path of an image all (label, probability), the most probable first."""
         return self.classifier.classify(texts, batch_size=batch_size)
+
+    def answers(self, rows: Sequence[Mapping[str, Any]], *, batch_size: int = 16) -> list[Any]:
+        """Return the answer to each row (its columns are the task's), as `edgelora run --json` has it; not for decoders."""
+        return self.classifier.answers([dict(row) for row in rows], batch_size=batch_size)
 
 
 def merge(config: GenerateConfig | None, settings: dict[str, Any]) -> GenerateConfig:

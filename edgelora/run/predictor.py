@@ -37,6 +37,10 @@ class OnnxPredictor:
         config = GenerateConfig(max_new_tokens=max_new_tokens)
         return [Answer(self.model.generator, list(prompt), config, stop=stop).finished().tokens for prompt in prompts]
 
+    def outputs(self, examples: Sequence[Example]) -> list[dict[str, NDArray[np.float32]]]:
+        """Return the graph's outputs of each example by name."""
+        return self.model.classifier.outputs(examples)
+
     def logits(self, examples: Sequence[Example]) -> NDArray[np.float32]:
         """Return logits `[n, labels]`."""
         return self.model.classifier.logits(examples)

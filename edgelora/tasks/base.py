@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgelora.tokenizer import Tokenizer
+
 if TYPE_CHECKING:
     import torch
-
-    from edgelora.tokenizer import Tokenizer
 
 Row = dict[str, Any]
 """One row of data, its columns already mapped to our names."""
 
 Metrics = dict[str, Any]
 """Metric name → float; `report` → {label: {precision, recall, f1-score, support}}."""
+
+
+TRIAL_TEXTS = (
+    "The quick brown fox jumps over the lazy dog. 1, 2, 3: what comes next?",
+    "Turn the lights in the kitchen to 40 percent and wake me at half past six.",
+    '{"name": "Loch Fyne", "food": "Japanese", "family friendly": true}',
+)
 
 
 @dataclass(frozen=True)
@@ -30,13 +38,27 @@ class Column:
 
 
 @dataclass(frozen=True)
+class GraphTensor:
+    """An input or output of the ONNX graph. shape: sizes, and names of axes that may have any size."""
+
+    name: str
+    dtype: str  # numpy's name
+    shape: tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
 class Example:
-    """One encoded row: what the store holds. Arrays are scalars or one-dimensional."""
+    """One encoded row: what the store holds. An array has the type, rank and all sizes but the first of the other rows'.
+
+    The length, which batches and the planner go by, is that of "ids", else the number in "length", else 1.
+    """
 
     arrays: dict[str, NDArray[Any]]
 
     def __len__(self) -> int:
-        return len(self.arrays["ids"])
+        if "ids" in self.arrays:
+            return len(self.arrays["ids"])
+        return int(self.arrays.get("length", 1))
 
 
 class Predictor(Protocol):
@@ -50,18 +72,37 @@ class Predictor(Protocol):
         """Continue each prompt greedily, up to a stop token (not returned)."""
         ...
 
+    def outputs(self, examples: Sequence[Example]) -> list[dict[str, NDArray[np.float32]]]:
+        """Return the outputs that the task names, of each example by name; those of padding come last."""
+        ...
+
     def logits(self, examples: Sequence[Example]) -> NDArray[np.float32]:
-        """Return the logits [examples, labels]."""
+        """Return the logits [examples, labels] of a task that puts each example into one of several labels."""
         ...
 
 
 class Task(ABC):
+    """What a row is, how it is encoded, what is learned from it and how well, and how an answer is read off the outputs.
+
+    `processor` is what `open_processor` returns. Keys of a batch that begin with "labels" are for the loss alone; the others
+    are the network's inputs.
+    """
+
     name: ClassVar[str]
     help: ClassVar[str]
     columns: ClassVar[tuple[Column, ...]]
     shapes: ClassVar[tuple[tuple[str, ...], ...]]
     """The sets of columns that a row may have; the first that fits is the one."""
+    file_columns: ClassVar[tuple[str, ...]] = ()
+    """Those that hold a path, relative to the file or folder that the rows come from."""
     auto_class: ClassVar[str]
+    """The class of transformers that the network is; "AutoModelForCausalLM" is built by models/decoder.py instead."""
+    unit: ClassVar[str] = "tokens"
+    """What an example's length counts."""
+    answered: ClassVar[str] = "text"
+    """The column that `edgelora run` is given."""
+    outputs: ClassVar[tuple[GraphTensor, ...]] = ()
+    """The graph's outputs, by the names that transformers' class gives them."""
     families: ClassVar[str]
     """Model families, for people."""
     metric: ClassVar[str]
@@ -85,9 +126,17 @@ class Task(ABC):
     def problems(self, row: Row) -> list[str]:
         """Return what is wrong with a normalized row, [] when nothing is."""
 
+    def open_processor(self, folder: Path) -> Any:
+        """Return what turns rows into arrays, from a model, run, merged or bundle folder."""
+        return Tokenizer.from_folder(folder)
+
+    def inputs(self, config: Mapping[str, Any], accepted: Collection[str]) -> tuple[GraphTensor, ...]:
+        """Return the graph's inputs for a network of this config.json whose forward takes the parameters `accepted`."""
+        raise NotImplementedError(f"{self.name} has no traced graph")
+
     @abstractmethod
-    def encode(self, row: Row, tokenizer: Tokenizer, labels: Sequence[str]) -> Example:
-        """Return the arrays of a row without problems. Raises DataError when the tokenizer's template refuses it."""
+    def encode(self, row: Row, processor: Any, labels: Sequence[str]) -> Example:
+        """Return the arrays of a row without problems. Raises DataError for a row that the processor refuses."""
 
     def truncate(self, example: Example, max_length: int) -> Example:
         """Return the example cut to `max_length` tokens."""
@@ -107,9 +156,14 @@ class Task(ABC):
         """Return the label of a row, which stratifies the validation split; None where the task has none."""
         return None
 
+    def trial_rows(self, processor: Any) -> list[Row]:
+        """Return rows of several lengths, without labels, that an exported graph is compared with torch on."""
+        texts = [part for text in TRIAL_TEXTS for part in (text, text[: len(text) // 2], text[len(text) // 2 :])]
+        return [{self.answered: text} for text in texts]
+
     @abstractmethod
-    def collate(self, examples: Sequence[Example], pad_token_id: int) -> dict[str, NDArray[Any]]:
-        """Return the arrays of one batch."""
+    def collate(self, examples: Sequence[Example], processor: Any) -> dict[str, NDArray[Any]]:
+        """Return the arrays of one batch, [examples, …] each but those of a decoder."""
 
     @abstractmethod
     def loss(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
@@ -121,7 +175,7 @@ class Task(ABC):
         predictor: Predictor,
         rows: Sequence[Row],
         examples: Sequence[Example],
-        tokenizer: Tokenizer,
+        processor: Any,
         labels: Sequence[str],
         *,
         generate: bool,
@@ -132,6 +186,16 @@ class Task(ABC):
         """Return the metrics of the majority answer; {} where there is none."""
         return {}
 
+    def decode(
+        self, outputs: Mapping[str, NDArray[Any]], row: Row, example: Example, processor: Any, labels: Sequence[str]
+    ) -> Any:
+        """Return the answer to a row as JSON has it, from its outputs of one example (without padding cut off)."""
+        raise NotImplementedError(f"{self.name} has no outputs to decode")
+
+    def answer_text(self, answer: Any) -> str:
+        """Return what people see of an answer that `decode` gave, without a line's end."""
+        return str(answer)
+
     @abstractmethod
-    def show(self, example: Example, tokenizer: Tokenizer, labels: Sequence[str] = ()) -> str:
+    def show(self, example: Example, processor: Any, labels: Sequence[str] = ()) -> str:
         """Return rich markup of the row as the model sees it, what is trained on marked (in ⟦ ⟧ too, without colours)."""

@@ -104,7 +104,7 @@ class TextGeneration(Task):
         targets = cut.arrays["supervised"].nonzero()[0].tolist()
         return super().truncate(cut, targets[-1] + 1) if targets else cut
 
-    def collate(self, examples: Sequence[Example], pad_token_id: int) -> dict[str, NDArray[Any]]:
+    def collate(self, examples: Sequence[Example], processor: Any) -> dict[str, NDArray[Any]]:
         # In the arrays shifted by one, target t is the token after input t.
         positions = np.concatenate([e.arrays["supervised"][1:] for e in examples]).nonzero()[0]
         following = np.concatenate([e.arrays["ids"][1:] for e in examples])

@@ -27,7 +27,6 @@ from edgelora.models.source import ModelSource, open_model
 from edgelora.planner import make_planner
 from edgelora.quant.digest import digest
 from edgelora.tasks import get_task
-from edgelora.tokenizer import Tokenizer
 from edgelora.train import checkpoint, on_grid, scales_grid
 from edgelora.train.batches import Schedule
 from edgelora.train.checkpoint import State
@@ -41,10 +40,10 @@ from edgelora.train.start import start_on_grid
 
 if TYPE_CHECKING:
     from edgelora.models.decoder import Decoder
-    from edgelora.models.encoder import Encoder
+    from edgelora.models.network import Network
     from edgelora.tasks.base import Example, Metrics, Row, Task
 
-    Model = Decoder | Encoder
+    Model = Decoder | Network
 
 TRIM_ABOVE = 0.9  # share of the budget that the heap may take with its free pages
 
@@ -140,8 +139,8 @@ class Training:
         self.out, self.run, self.model, self.stages = out, run, network, stages
         self.config, self.plan = run.settings, run.plan
         self.task: Task = get_task(run.task)
-        self.tokenizer = Tokenizer.from_folder(out)
-        self.collate = functools.partial(self.task.collate, pad_token_id=self.tokenizer.pad_token_id or 0)
+        self.processor = self.task.open_processor(out)
+        self.collate = functools.partial(self.task.collate, processor=self.processor)
         prepared = Prepared.open(out / DATA)
         self.store = prepared.store("train")
         self.valid, self.valid_rows = sample(prepared.store("valid"), prepared.texts("valid"), self.config.valid_rows)
@@ -246,13 +245,13 @@ class Training:
     def score(self, *, generate: bool) -> Metrics:
         predictor = self.predictor()
         memory.trim()  # training and scoring leave holes in the heap that the other has no use for
-        found = self.task.evaluate(predictor, self.valid_rows, self.valid, self.tokenizer, self.run.labels, generate=generate)
+        found = self.task.evaluate(predictor, self.valid_rows, self.valid, self.processor, self.run.labels, generate=generate)
         memory.trim()
         return found
 
     def closing(self, base: Metrics) -> Closing:
         """Score the best adapter, on the grid and off it, for the closing table."""
-        held = HeldOut(self.task, self.run.labels, self.tokenizer, self.valid_rows, self.valid)
+        held = HeldOut(self.task, self.run.labels, self.processor, self.valid_rows, self.valid)
         # Block scales compute with what ships, and with nothing else: there is no rounding to compare with.
         precision = None if trains_scales(self.config) else self.run.grid.get("precision")
         bits = self.plan.base_bits

@@ -22,7 +22,6 @@ from edgelora.models.source import ModelSource
 from edgelora.plan import Plan
 from edgelora.planner import Planner
 from edgelora.tasks import get_task
-from edgelora.tokenizer import Tokenizer
 from edgelora.train import on_grid, probe, scales_grid
 from edgelora.train.probe import Probe
 from edgelora.train.run import Run
@@ -30,9 +29,9 @@ from edgelora.train.targets import target_modules
 
 if TYPE_CHECKING:
     from edgelora.models.decoder import Decoder
-    from edgelora.models.encoder import Encoder
+    from edgelora.models.network import Network
 
-    Model = Decoder | Encoder
+    Model = Decoder | Network
 
 
 @dataclass
@@ -76,7 +75,7 @@ def load_planned(
         tried = plan
         with stages.time("probe"):
             task = get_task(run.task)
-            collate = functools.partial(task.collate, pad_token_id=Tokenizer.from_folder(source.folder).pad_token_id or 0)
+            collate = functools.partial(task.collate, processor=task.open_processor(source.folder))
             planner, plan, choice = probe.refine(planner, choice, Probe(network, task, collate, prepared.store("train")))
         if (plan.base_bits, plan.stream) == (tried.base_bits, tried.stream):
             network.keeping = plan.keeping(folder)

@@ -39,7 +39,7 @@ SHOWN_EVERY = 0.5  # seconds between two changes of the progress bar
 class Job:
     """What a run trains, with everything that None meant in the settings decided."""
 
-    model: Any  # a Decoder or an Encoder with adapters
+    model: Any  # a Decoder or a Network with adapters
     task: Task
     collate: Collate
     store: Store  # training rows

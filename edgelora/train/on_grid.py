@@ -27,7 +27,7 @@ from edgelora.train.start import write
 if TYPE_CHECKING:
     from edgelora.config import FinetuneConfig
     from edgelora.models.decoder import Decoder
-    from edgelora.models.encoder import Encoder
+    from edgelora.models.network import Network
 
 BLOCK_SIZE = 32
 ROUNDED = "rounded.safetensors"
@@ -44,7 +44,7 @@ def applies(config: FinetuneConfig, base_bits: int) -> bool:
     return rounds and not config.dora and not config.dropout
 
 
-def choose_grid(model: Decoder | Encoder, config: FinetuneConfig) -> dict[str, Any]:
+def choose_grid(model: Decoder | Network, config: FinetuneConfig) -> dict[str, Any]:
     """Return what the manifest records: precision, block size and the bits of every linear layer by path."""
     linears = {path: frozen(layer) for path, layer in model.linears().items()}
     shapes = {path: (layer.out_features, layer.in_features) for path, layer in linears.items()}

@@ -95,7 +95,7 @@ class Probe:
             work()
         seconds = time.perf_counter() - started
         lengths = [len(example) for example in examples]
-        padded = "input_ids" in batch  # packed rows have no padding
+        padded = "starts" not in batch  # packed rows have no padding
         piece = piece_of(lengths, 1.0, padded=padded)
         return Measured(dataclasses.replace(piece, supervised=counted), seconds, peak)
 

@@ -18,11 +18,11 @@ from edgelora.scales_delta import FILE, codes_digest, read_delta, write_delta
 if TYPE_CHECKING:
     from edgelora.config import FinetuneConfig
     from edgelora.models.decoder import Decoder
-    from edgelora.models.encoder import Encoder
+    from edgelora.models.network import Network
     from edgelora.models.source import ModelSource
     from edgelora.train.run import Run
 
-    Model = Decoder | Encoder
+    Model = Decoder | Network
 
 BLOCK_SIZE = 32
 
@@ -66,10 +66,9 @@ def choose_grid(source: ModelSource, task: str, config: FinetuneConfig) -> dict[
 
     Raises ModelError for a merged folder that is not on a grid, SettingsError for one of another precision.
     """
-    from edgelora.models.families import decoder_spec
-    from edgelora.models.tensors import GENERATION, decoder_layout, encoder_layout
+    from edgelora.models.tensors import model_layout
 
-    layout = decoder_layout(decoder_spec(source.config)) if task == GENERATION else encoder_layout(source.config)
+    layout = model_layout(source.config, task)
     names = set(source.names())
     paths = [path for path in layout.linears if f"{path}.weight" in names]
     shapes: dict[str, tuple[int, int]] = {}

@@ -26,10 +26,10 @@ from edgelora.train import checkpoint
 
 if TYPE_CHECKING:
     from edgelora.models.decoder import Decoder
-    from edgelora.models.encoder import Encoder
+    from edgelora.models.network import Network
     from edgelora.train.run import Run
 
-    Model = Decoder | Encoder
+    Model = Decoder | Network
 
 FILE = "start.safetensors"
 CALIBRATED = "calibrated"
