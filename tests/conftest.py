@@ -23,6 +23,14 @@ def base_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _fp32_products() -> None:
+    """Training takes bf16 operands only where a test asks for them: what is proved equal must not depend on the machine."""
+    from edgelora.models import gemm
+
+    gemm.BF16_PREFERRED_BY = float("inf")
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data beside the project; tests that need it skip where it is absent."""
