@@ -111,9 +111,10 @@ class FinetuneConfig:
     )
     optimizer_bits: int | None = setting(None, "Bits of AdamW's moments. Default: the most that fits.", choices=(32, 8))
     grid_start: str = setting(
-        "calibrated", "What is rounded at first: weights that make up for errors on training rows, or the model's.",
-        choices=("calibrated", "nearest"),
-    )  # fmt: skip
+        "nearest",
+        "What is rounded at first: the model's weights, or what makes up for errors on training rows.",
+        choices=("nearest", "calibrated"),
+    )
     grid_scales: str = setting(
         "max",
         "Block scales while rounding: of each block's extreme, or learned beside the adapters.",

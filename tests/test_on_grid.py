@@ -19,7 +19,7 @@ from edgelora.config import FinetuneConfig
 from edgelora.errors import FolderError
 from edgelora.evaluate import evaluate
 from edgelora.folder import read_manifest
-from edgelora.merge import merge
+from edgelora.merging.merge import merge
 from edgelora.models.linear import FrozenLinear
 from edgelora.models.load import load_model
 from edgelora.models.source import open_model
@@ -71,7 +71,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    return train(tmp_path_factory.mktemp("learned"), base_bits=16, grid_scales="learned", grid_warmup=0.5)
+    return train(
+        tmp_path_factory.mktemp("learned"), base_bits=16, grid_start="calibrated", grid_scales="learned", grid_warmup=0.5
+    )
 
 
 @pytest.fixture(scope="module")
