@@ -78,7 +78,7 @@ def decoder_bundle(decoder_model: Path) -> Path:
 def swap_base(decoder_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the tiny Llama merged to int4, a base bundle for adapters of that, and one in fp32; not to be changed."""
     from edgelora.export.export import export
-    from edgelora.merge import merge
+    from edgelora.merging.merge import merge
 
     folder = tmp_path_factory.mktemp("swap")
     merge(None, folder / "merged", model=str(decoder_model), precision="int4")

@@ -138,7 +138,7 @@ def test_what_has_the_bits_already_is_not_copied(folder: Path, tmp_path: Path, c
 
 
 def test_a_merged_folder_is_copied_only_to_be_streamed(folder: Path, tmp_path: Path, cache: Path) -> None:
-    from edgelora.merge import merge
+    from edgelora.merging.merge import merge
 
     merge(None, tmp_path / "merged", model=str(folder), precision="int4")
     source = open_model(str(tmp_path / "merged"))

@@ -14,7 +14,7 @@ import tolerances
 from edgelora.bundle import DecoderFigures, open_bundle
 from edgelora.errors import FolderError, ModelError, SettingsError
 from edgelora.export.export import export
-from edgelora.merge import merge
+from edgelora.merging.merge import merge
 
 
 def read(path: Path) -> Any:

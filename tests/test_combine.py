@@ -15,7 +15,7 @@ from edgelora.adapters.combine import METHODS, Recipe, disjoint_mean, drop, open
 from edgelora.cli.main import cli
 from edgelora.errors import FolderError, SettingsError
 from edgelora.folder import read_manifest
-from edgelora.merge import merge
+from edgelora.merging.merge import merge
 from edgelora.models.source import open_model
 from edgelora.quant.checkpoint import MergedCheckpoint
 from tests.test_merge import peft_adapter, saved, tiny_bert, tiny_llama

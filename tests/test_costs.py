@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import tiny
 
-from edgelora import costs, speed
-from edgelora.costs import Piece, Settings
 from edgelora.models.source import ModelSource, open_model
-from edgelora.planner import piece_of
-from edgelora.shape import ModelShape, layer_of, targeted
+from edgelora.planning import costs, speed
+from edgelora.planning.costs import Piece, Settings
+from edgelora.planning.planner import piece_of
+from edgelora.planning.shape import ModelShape, layer_of, targeted
 
 PIECE = Piece(1024, 512)
 

@@ -115,7 +115,7 @@ def test_what_cannot_be_is_refused(decoder_bundle: Path, tmp_path: Path) -> None
 def test_a_run_its_merge_and_its_bundle_score_alike(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     from edgelora.config import FinetuneConfig
     from edgelora.export.export import export
-    from edgelora.merge import merge
+    from edgelora.merging.merge import merge
     from edgelora.train.finetune import finetune
 
     pairs = [{"prompt": f"say {n}", "completion": f"ok {n}"} for n in range(30)]

@@ -16,7 +16,7 @@ from edgelora.export.decoder import DecoderGraph, build_decoder
 from edgelora.export.graph import save
 from edgelora.export.reference import decoder_logits
 from edgelora.export.verify import Comparison, check_codes
-from edgelora.merge import merge
+from edgelora.merging.merge import merge
 from edgelora.models.families import decoder_spec
 from edgelora.models.load import load_decoder
 from edgelora.models.source import open_model

@@ -15,7 +15,7 @@ import torch
 from edgelora.errors import ModelError
 from edgelora.export import traced
 from edgelora.export.traced import TracedGraph, build_traced, export_traced
-from edgelora.merge import merge
+from edgelora.merging.merge import merge
 from edgelora.models.network import build_network
 from edgelora.quant.checkpoint import MergedCheckpoint
 from edgelora.quant.grid import QuantizedTensor

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from edgelora.adapters.peft_config import CONFIG
-from edgelora.merge import merge
+from edgelora.merging.merge import merge
 from edgelora.quant.checkpoint import MergedCheckpoint
 from tests.test_merge import BUILDERS, saved
 from tests.tolerances import MERGED_WEIGHT, PART_OF_WEIGHT, PEFT_LOGITS, REDRAWN_PISSA

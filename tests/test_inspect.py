@@ -15,7 +15,7 @@ import torch
 from edgelora.adapters.lora import Factors
 from edgelora.export.export import export
 from edgelora.inspect import inspect, look_at_factors
-from edgelora.merge import merge
+from edgelora.merging.merge import merge
 
 NODE = "model.layers.0.self_attn.o_proj/MatMulNBits"
 

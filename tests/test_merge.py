@@ -24,7 +24,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from edgelora.folder import write_json
-from edgelora.merge import merge
+from edgelora.merging.merge import merge
 from edgelora.quant.checkpoint import MergedCheckpoint
 from edgelora.quant.grid import QuantizedTensor, dequantize, quantize
 from tests.tolerances import MERGED_WEIGHT

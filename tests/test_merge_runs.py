@@ -14,7 +14,7 @@ from transformers import BertForSequenceClassification, BertModel, LlamaConfig, 
 from edgelora.adapters.peft_config import CONFIG
 from edgelora.errors import FolderError, ModelError, SettingsError
 from edgelora.folder import write_json, write_manifest
-from edgelora.merge import merge
+from edgelora.merging.merge import merge
 from edgelora.models.source import open_model
 from edgelora.quant.checkpoint import MergedCheckpoint
 from tests.test_merge import bert_config, peft_adapter, saved, tiny_bert, tiny_gpt2, tiny_llama

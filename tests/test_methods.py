@@ -16,10 +16,10 @@ from edgelora.config import FinetuneConfig
 from edgelora.errors import SettingsError
 from edgelora.evaluate import evaluate
 from edgelora.folder import read_manifest
-from edgelora.merge import merge
+from edgelora.merging.merge import merge
 from edgelora.models.load import load_model
 from edgelora.models.source import open_model
-from edgelora.plan import plan
+from edgelora.planning.plan import plan
 from edgelora.quant.checkpoint import MergedCheckpoint
 from edgelora.quant.grid import QuantizedTensor
 from edgelora.train import checkpoint, on_grid

@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 import tiny
 
-from edgelora import choose, costs, hardware, planner
-from edgelora.choose import Line
-from edgelora.closing import Closing
+from edgelora import hardware
 from edgelora.config import FinetuneConfig, replace
-from edgelora.costs import Piece
 from edgelora.errors import MachineError, SettingsError
 from edgelora.models.source import ModelSource, open_model
-from edgelora.plan import LONGEST_WRITING, Plan
-from edgelora.planner import Planner
+from edgelora.planning import choose, costs, planner
+from edgelora.planning.choose import Line
+from edgelora.planning.closing import Closing
+from edgelora.planning.costs import Piece
+from edgelora.planning.plan import LONGEST_WRITING, Plan
+from edgelora.planning.planner import Planner
 
 LENGTHS = np.full(64, 2000, dtype=np.int64)  # so many that activations are most of the memory
 MB = 1 << 20
@@ -38,7 +39,7 @@ def _steady(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process of 250 MB on a machine of 10 GFLOP/s."""
     monkeypatch.setattr(hardware, "rss_mb", lambda: 250.0)
     monkeypatch.setattr("edgelora.models.gemm.choose", lambda threads, compute=None: "blas")
-    monkeypatch.setattr("edgelora.planner.matrix_rate", lambda threads, matmul: 10.0)
+    monkeypatch.setattr("edgelora.planning.planner.matrix_rate", lambda threads, matmul: 10.0)
 
 
 def planner_of(source: ModelSource, **settings: object) -> Planner:

@@ -16,16 +16,16 @@ import torch
 from tiny import save_decoder
 from tolerances import PLAN_PEAK_RELATIVE
 
-from edgelora import choose, costs, speed
 from edgelora.adapters import inject
 from edgelora.adapters.lora import LoRASettings
 from edgelora.config import FinetuneConfig
-from edgelora.costs import Correction, Piece
 from edgelora.data.prepare import prepare
 from edgelora.errors import MachineError
 from edgelora.models.load import load_model
 from edgelora.models.source import ModelSource, open_model
-from edgelora.planner import Planner, make_planner
+from edgelora.planning import choose, costs, speed
+from edgelora.planning.costs import Correction, Piece
+from edgelora.planning.planner import Planner, make_planner
 from edgelora.tasks import get_task
 from edgelora.tasks.base import Example
 from edgelora.train import probe

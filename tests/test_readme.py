@@ -152,8 +152,8 @@ def test_methods_are_settings_and_papers_are_those_of_the_code() -> None:
 
 
 def test_the_budget_and_the_cache_are_told_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    from edgelora.choose import MARGIN
     from edgelora.models import base_file
+    from edgelora.planning.choose import MARGIN
 
     assert "leaves a few per cent of it free" in README
     assert 0.93 <= MARGIN < 1

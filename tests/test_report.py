@@ -19,7 +19,7 @@ from edgelora.evaluate import evaluate
 from edgelora.export.export import export
 from edgelora.export.verify import check_codes
 from edgelora.folder import MANIFEST, read_manifest, write_json, write_manifest
-from edgelora.merge import merge
+from edgelora.merging.merge import merge
 from edgelora.quant.checkpoint import MergedCheckpoint
 from edgelora.report import kept, refuse_lost_gain, shown, what_keeps_more, with_kept
 from edgelora.train.finetune import finetune
@@ -148,7 +148,7 @@ def test_a_merged_folder_that_was_changed_is_not_exported(copies: tuple[Path, Pa
 
 def test_a_merged_folder_with_forged_digests_is_not_exported(copies: tuple[Path, Path], tmp_path: Path) -> None:
     """Whoever changes weights and manifest alike cannot change the run's."""
-    from edgelora.shipped import digests
+    from edgelora.merging.shipped import digests
 
     path = "model.layers.0.self_attn.o_proj"
     spoil(copies[1], path, "codes")

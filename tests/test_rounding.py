@@ -15,15 +15,15 @@ from edgelora.adapters.merged_source import merged_source, merged_weight
 from edgelora.errors import DataError, SettingsError
 from edgelora.export.export import export
 from edgelora.folder import read_manifest, write_manifest
-from edgelora.levels import choose_levels, within_share
-from edgelora.merge import merge
+from edgelora.merging.levels import choose_levels, within_share
+from edgelora.merging.merge import merge
+from edgelora.merging.rounding import Rounded, round_model
 from edgelora.models.load import load_model
 from edgelora.models.source import open_model
 from edgelora.models.tensors import GENERATION, model_layout
 from edgelora.models.walk import listening, walk_through
 from edgelora.quant.bits import Choice
 from edgelora.quant.checkpoint import MergedCheckpoint
-from edgelora.rounding import Rounded, round_model
 from tests.tiny import save_decoder, save_encoder
 
 WIDE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}

@@ -19,18 +19,18 @@ from edgelora.config import FinetuneConfig
 from edgelora.errors import FolderError, SettingsError
 from edgelora.evaluate import evaluate
 from edgelora.folder import read_manifest
-from edgelora.merge import merge
+from edgelora.merging.merge import merge
 from edgelora.models import scale_gradient
 from edgelora.models.elementwise import FrozenNorm, apply
 from edgelora.models.linear import FrozenLinear
 from edgelora.models.linear_group import LinearGroup, linears
 from edgelora.models.load import load_model
 from edgelora.models.source import open_model
-from edgelora.planner import planner_for
+from edgelora.planning.planner import planner_for
+from edgelora.planning.shape import ModelShape
 from edgelora.quant.checkpoint import MergedCheckpoint
 from edgelora.quant.grid import QuantizedTensor, dequantize, to_blocks
 from edgelora.scales_delta import FILE, Delta, codes_digest, read_delta, write_delta
-from edgelora.shape import ModelShape
 from edgelora.train import checkpoint
 from edgelora.train.finetune import finetune
 from edgelora.train.loop import Trainer

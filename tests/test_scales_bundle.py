@@ -17,7 +17,7 @@ from edgelora.evaluate import evaluate
 from edgelora.export.export import export
 from edgelora.export.onto import graph_layers
 from edgelora.export.scales import apply
-from edgelora.merge import merge
+from edgelora.merging.merge import merge
 from edgelora.quant.checkpoint import MergedCheckpoint
 from edgelora.quant.grid import QuantizedTensor
 from edgelora.scales_delta import FILE, read_delta, write_delta

@@ -13,7 +13,7 @@ from edgelora.errors import FolderError, SettingsError
 from edgelora.export.export import export
 from edgelora.export.onto import add_adapter
 from edgelora.folder import sha256
-from edgelora.merge import merge
+from edgelora.merging.merge import merge
 from edgelora.run.model import load
 from tests.test_swap import a_run, copy, scales_run
 

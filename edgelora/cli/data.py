@@ -33,7 +33,7 @@ def data(data: str, model: str | None, config_file: Path | None, **given: Any) -
         result = describe(data, None, config)
     else:
         from edgelora.models.source import open_model
-        from edgelora.plan import DEFAULT_LENGTH
+        from edgelora.planning.plan import DEFAULT_LENGTH
         from edgelora.train.run import length_limit
 
         source = open_model(model, trust_remote_code=config.trust_remote_code)

@@ -21,10 +21,11 @@ from edgelora.cli.inspect import inspect
 from edgelora.cli.merge import merge
 from edgelora.cli.plan import plan
 from edgelora.cli.run import run
+from edgelora.cli.serve import serve
 from edgelora.cli.tasks import tasks
 from edgelora.errors import UserError, did_you_mean
 
-VERBS = (doctor, plan, data, finetune, evaluate, merge, export, run, chat, bench, tasks, inspect)
+VERBS = (doctor, plan, data, finetune, evaluate, merge, export, run, chat, serve, bench, tasks, inspect)
 
 
 class Line(click.Group):

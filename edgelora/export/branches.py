@@ -43,7 +43,7 @@ def base_precision(run: Path) -> str:
 
 def base_folder(run: Path, temporary: Path, precision: str, model: str | None) -> tuple[Path, Path | None]:
     """Return the merged folder of a run's base alone, and the run: the folder that it was trained on, or one in `temporary`."""
-    from edgelora.merge import check_base, merge
+    from edgelora.merging.merge import check_base, merge
     from edgelora.models.source import open_model
 
     manifest = read_manifest(run, "run")

@@ -89,7 +89,7 @@ def merged_folder(
     target: str, temporary: Path, precision: str, model: str | None, *, force: bool, **wishes: Any
 ) -> tuple[Path, Path | None]:
     """Return (merged folder, the run that it comes from or None); a run or model is merged into `temporary`."""
-    from edgelora.merge import merge
+    from edgelora.merging.merge import merge
 
     path = Path(target).expanduser()
     kind = kind_of(path)

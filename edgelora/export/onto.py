@@ -26,7 +26,7 @@ from edgelora.errors import FolderError, SettingsError
 from edgelora.export.adapters import refuse_unbranched, tensors
 from edgelora.folder import MANIFEST, disk_errors, lock, new_folder, read_manifest, refuse_existing, sha256, write_json
 from edgelora.held_out import held_out, load_reference
-from edgelora.merge import check_base
+from edgelora.merging.merge import check_base
 from edgelora.models.families import decoder_spec
 from edgelora.models.linear import FrozenWeight
 from edgelora.models.source import ModelSource, open_model

@@ -9,12 +9,12 @@ from edgelora import console, held_out
 from edgelora.errors import EdgeLoRAError
 from edgelora.export.work import Work
 from edgelora.folder import MANIFEST, read_manifest
+from edgelora.merging.shipped import rounded_with_rows
 from edgelora.models.agreement import Reference
 from edgelora.models.source import open_model
 from edgelora.report import gain, line, refuse_lost_gain, what_keeps_more, with_kept
 from edgelora.run.model import load
 from edgelora.run.predictor import OnnxPredictor
-from edgelora.shipped import rounded_with_rows
 from edgelora.tasks.base import Task
 
 

@@ -15,7 +15,6 @@ from edgelora import console, folder, held_out, memory
 from edgelora.adapters import inject, peft_format
 from edgelora.adapters.initialize import refuse_combinations
 from edgelora.adapters.scales import RATE, scaled_layers
-from edgelora.closing import short_answers
 from edgelora.config import FinetuneConfig
 from edgelora.data.prepare import Prepared, prepare
 from edgelora.data.store import Store
@@ -24,7 +23,8 @@ from edgelora.held_out import Closing, HeldOut
 from edgelora.models import gemm
 from edgelora.models.predictor import TorchPredictor
 from edgelora.models.source import ModelSource, open_model
-from edgelora.planner import make_planner
+from edgelora.planning.closing import short_answers
+from edgelora.planning.planner import make_planner
 from edgelora.quant.digest import digest
 from edgelora.tasks import get_task
 from edgelora.train import checkpoint, on_grid, scales_grid

@@ -19,8 +19,8 @@ from edgelora.data.prepare import Prepared
 from edgelora.models import gemm
 from edgelora.models.load import load_model
 from edgelora.models.source import ModelSource
-from edgelora.plan import Plan
-from edgelora.planner import Planner
+from edgelora.planning.plan import Plan
+from edgelora.planning.planner import Planner
 from edgelora.tasks import get_task
 from edgelora.train import on_grid, probe, scales_grid
 from edgelora.train.probe import Probe

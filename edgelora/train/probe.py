@@ -17,18 +17,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from edgelora import console, costs, hardware, memory, speed
-from edgelora.costs import Correction, Piece
+from edgelora import console, hardware, memory
 from edgelora.models.predictor import to_tensors
-from edgelora.planner import piece_of
+from edgelora.planning import costs, speed
+from edgelora.planning.costs import Correction, Piece
+from edgelora.planning.planner import piece_of
 from edgelora.tasks.base import Example
 
 if TYPE_CHECKING:
-    from edgelora.choose import Choice
     from edgelora.data.store import Store
     from edgelora.models.predictor import Collate
-    from edgelora.plan import Plan
-    from edgelora.planner import Planner
+    from edgelora.planning.choose import Choice
+    from edgelora.planning.plan import Plan
+    from edgelora.planning.planner import Planner
     from edgelora.tasks.base import Task
 
 MB = 1 << 20

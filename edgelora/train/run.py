@@ -12,7 +12,7 @@ from edgelora import hardware
 from edgelora.config import FinetuneConfig
 from edgelora.errors import FolderError, SettingsError
 from edgelora.folder import read_manifest, write_json, write_manifest
-from edgelora.plan import Plan
+from edgelora.planning.plan import Plan
 from edgelora.tokenizer import TOKENIZER_FILES
 
 if TYPE_CHECKING:

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from edgelora import calibration, console, costs
+from edgelora import console
 from edgelora.adapters.inject import adapters
+from edgelora.merging import calibration
 from edgelora.models.walk import Call, walk_through
 from edgelora.models.weights import file_entries, read_entry
+from edgelora.planning import costs
 from edgelora.quant.calibrate import Moments
 from edgelora.quant.checkpoint import StreamedSafetensors
 from edgelora.quant.compensate import compensated
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 FILE = "start.safetensors"
 CALIBRATED = "calibrated"
 START_BITS = 8
-MOST_TOKENS = 6144  # with as many, SmolLM2 loses nothing by its rounding on held-out rows of the task; more take longer
+MOST_TOKENS = 6144  # with as many, SmolLM2 untrained loses nothing by rounding on held-out rows; more take longer
 HESSIANS = 4  # of a layer's size in memory at once: the sums, the damped ones, two factors
 
 

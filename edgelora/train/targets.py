@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from edgelora.adapters.inject import choose_targets
 from edgelora.errors import SettingsError
-from edgelora.shape import layer_of
+from edgelora.planning.shape import layer_of
 from edgelora.tasks import get_task
 
 if TYPE_CHECKING:

@@ -10,23 +10,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from edgelora import calibration, console, hardware
+from edgelora import console, hardware
 from edgelora.adapters.merged_source import merged_source, merged_weight
-from edgelora.calibration import Calibration
 from edgelora.errors import SettingsError
-from edgelora.levels import choose_levels
+from edgelora.merging import calibration
+from edgelora.merging.calibration import Calibration
+from edgelora.merging.levels import choose_levels
+from edgelora.merging.rounding import METHODS, put, round_model
 from edgelora.models.load import load_model
 from edgelora.models.walk import walk_through
 from edgelora.quant.bits import PRECISION_BITS, Choice, choose_bits
 from edgelora.quant.clip import round_clipped
 from edgelora.quant.grid import QuantizedTensor, quantize
 from edgelora.quant.measure import relative_error
-from edgelora.rounding import METHODS, put, round_model
 from edgelora.train.on_grid import RoundedLayers
 
 if TYPE_CHECKING:
     from edgelora.adapters.adapted import Adapted
-    from edgelora.merge import Inputs
+    from edgelora.merging.merge import Inputs
 
 FP32_SHARE = 0.5  # of the free memory, that the merged model in fp32 may take to be scored; a larger one is not
 
@@ -75,7 +76,7 @@ class RoundingPlan:
 def plan_rounding(inputs: Inputs, wish: Wish, staging: Path) -> RoundingPlan:
     """Decide how each layer is stored; round with rows where there are rows. Raises UserError for what cannot be had."""
     if inputs.facts.get("settings", {}).get("method") == "scales":
-        from edgelora.scales_plan import plan_scales
+        from edgelora.planning.scales import plan_scales
 
         return plan_scales(inputs, wish)
     adapted, trained = inputs.adapted, inputs.grid
@@ -95,7 +96,7 @@ def plan_rounding(inputs: Inputs, wish: Wish, staging: Path) -> RoundingPlan:
             raise SettingsError(
                 "--size and --loss choose bits by what they do to the loss, which takes rows", hint="add --calibrate ROWS"
             )
-        from edgelora.rounding_search import search
+        from edgelora.merging.rounding_search import search
 
         return search(inputs, rows, wish, shapes, staging)
     choices = default_choices(adapted, wish, shapes)

@@ -10,9 +10,9 @@ import itertools
 import math
 from dataclasses import dataclass
 
-from edgelora import costs
-from edgelora.costs import Settings
-from edgelora.shape import ModelShape
+from edgelora.planning import costs
+from edgelora.planning.costs import Settings
+from edgelora.planning.shape import ModelShape
 
 # Two cores with AVX-512 and oneDNN; what the constants were measured beside.
 REFERENCE_RATE = 430e9  # fp32 operations a second in large products

@@ -94,7 +94,7 @@ def plan(model: str, data: str, config: FinetuneConfig, *, probe: bool = True) -
     from edgelora.adapters.initialize import refuse_combinations
     from edgelora.data.prepare import prepare
     from edgelora.models.source import open_model
-    from edgelora.planner import make_planner
+    from edgelora.planning.planner import make_planner
     from edgelora.train.loading import Stages, load_planned
     from edgelora.train.run import length_limit
     from edgelora.train.scales_grid import refuse_settings

@@ -17,10 +17,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from edgelora import costs, speed
-from edgelora.costs import Correction, Piece, Settings
-from edgelora.shape import ModelShape, targeted
-from edgelora.speed import Load
+from edgelora.planning import costs, speed
+from edgelora.planning.costs import Correction, Piece, Settings
+from edgelora.planning.shape import ModelShape, targeted
+from edgelora.planning.speed import Load
 
 if TYPE_CHECKING:
     from edgelora.config import FinetuneConfig

@@ -8,14 +8,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edgelora import choose, closing, costs, hardware, memory, speed
-from edgelora.choose import MARGIN, Choice, Situation, Work, micro_batches
-from edgelora.closing import Closing
-from edgelora.costs import Correction, Piece
+from edgelora import hardware, memory
 from edgelora.errors import MachineError
-from edgelora.plan import DEFAULT_LENGTH, Plan
-from edgelora.shape import ModelShape
-from edgelora.speed import Load
+from edgelora.planning import choose, closing, costs, speed
+from edgelora.planning.choose import MARGIN, Choice, Situation, Work, micro_batches
+from edgelora.planning.closing import Closing
+from edgelora.planning.costs import Correction, Piece
+from edgelora.planning.plan import DEFAULT_LENGTH, Plan
+from edgelora.planning.shape import ModelShape
+from edgelora.planning.speed import Load
 
 if TYPE_CHECKING:
     import numpy as np

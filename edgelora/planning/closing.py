@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgelora import speed
-from edgelora.costs import FP32, Settings
-from edgelora.shape import ModelShape
+from edgelora.planning import speed
+from edgelora.planning.costs import FP32, Settings
+from edgelora.planning.shape import ModelShape
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

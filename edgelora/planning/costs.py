@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from edgelora.shape import ModelShape
+from edgelora.planning.shape import ModelShape
 
 FP32 = 4
 HALF = 2
@@ -126,12 +126,10 @@ def moment_bytes(shape: ModelShape, settings: Settings) -> int:
 
 
 def rounded_bytes(shape: ModelShape, settings: Settings) -> int:
-    """Return the bytes of the adapted layers' rounded weights, and of those that they begin with."""
+    """Return the bytes of the adapted layers' rounded weights."""
     if settings.grid_bits is None:
         return 0
-    # With a base of 16 bits or more, a start of 8 bits beside it (train/start.py).
-    start = bytes_per_weight(8) if settings.grid_bits < 8 and settings.base_bits >= 16 else 0.0
-    return round(adapted_weights(shape, settings) * (bytes_per_weight(settings.grid_bits) + start)) + ROUNDING
+    return round(adapted_weights(shape, settings) * bytes_per_weight(settings.grid_bits)) + ROUNDING
 
 
 def base_bytes(shape: ModelShape, bits: int) -> int:

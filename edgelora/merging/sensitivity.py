@@ -17,7 +17,7 @@ from torch import Tensor
 from edgelora import console
 
 if TYPE_CHECKING:
-    from edgelora.calibration import Calibration
+    from edgelora.merging.calibration import Calibration
 
 GRADIENT_BATCHES = 8
 

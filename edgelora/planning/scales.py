@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from edgelora.errors import FolderError, SettingsError
+from edgelora.merging.rounding_plan import RoundingPlan, layer_shapes
 from edgelora.quant.bits import Choice
 from edgelora.quant.grid import QuantizedTensor
-from edgelora.rounding_plan import RoundingPlan, layer_shapes
 from edgelora.scales_delta import Delta, codes_digest, read_delta
 
 if TYPE_CHECKING:
-    from edgelora.merge import Inputs
-    from edgelora.rounding_plan import Wish
+    from edgelora.merging.merge import Inputs
+    from edgelora.merging.rounding_plan import Wish
 
 
 @dataclass

@@ -14,8 +14,8 @@ from edgelora.quant.grid import QuantizedTensor
 from edgelora.report import refuse_lost_gain, what_keeps_more
 
 if TYPE_CHECKING:
-    from edgelora.calibration import Calibration
-    from edgelora.merge import Inputs
+    from edgelora.merging.calibration import Calibration
+    from edgelora.merging.merge import Inputs
 
 
 def conclude(folder: Path, inputs: Inputs, rows: Calibration | None, *, force: bool) -> dict[str, Any]:

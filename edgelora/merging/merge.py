@@ -18,12 +18,12 @@ import torch
 
 from edgelora.errors import FolderError, SettingsError, did_you_mean
 from edgelora.folder import new_folder, read_manifest, refuse_existing, write_json, write_manifest
+from edgelora.merging.rounding_plan import RoundingPlan, Wish, plan_rounding
+from edgelora.merging.shipped import conclude
 from edgelora.models.tensors import guess_task, model_layout
 from edgelora.quant.bits import PRECISION_BITS
 from edgelora.quant.checkpoint import WEIGHTS, Layer, StreamedSafetensors
 from edgelora.quant.measure import measured
-from edgelora.rounding_plan import RoundingPlan, Wish, plan_rounding
-from edgelora.shipped import conclude
 from edgelora.tasks import get_task
 
 if TYPE_CHECKING:

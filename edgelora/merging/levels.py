@@ -19,7 +19,7 @@ from edgelora.models.linear import FrozenLinear
 from edgelora.models.walk import listening
 
 if TYPE_CHECKING:
-    from edgelora.calibration import Calibration
+    from edgelora.merging.calibration import Calibration
 
 TOLERANCE = 0.005  # relative rise of the loss
 LARGEST_SHARE = 0.1  # of the quantized weights

@@ -26,21 +26,21 @@ from torch import Tensor
 
 from edgelora import console
 from edgelora.adapters.merged_source import merged_weight
-from edgelora.calibration import Calibration
 from edgelora.errors import MachineError, SettingsError
-from edgelora.levels import choose_levels
+from edgelora.merging.calibration import Calibration
+from edgelora.merging.levels import choose_levels
+from edgelora.merging.rounding import put, round_model
+from edgelora.merging.sensitivity import gradients
 from edgelora.models.walk import walk_through
 from edgelora.quant import mixed
 from edgelora.quant.bits import Choice
 from edgelora.quant.checkpoint import StreamedSafetensors
 from edgelora.quant.grid import QuantizedTensor, quantize
 from edgelora.quant.mixed import Assignment, Option
-from edgelora.rounding import put, round_model
-from edgelora.sensitivity import gradients
 
 if TYPE_CHECKING:
-    from edgelora.merge import Inputs
-    from edgelora.rounding_plan import RoundingPlan, Wish
+    from edgelora.merging.merge import Inputs
+    from edgelora.merging.rounding_plan import RoundingPlan, Wish
 
 # The first is what the search for the others' inputs goes on with.
 CANDIDATES = (Choice(4, 32), Choice(4, 64), Choice(4, 128), Choice(8, 64))
@@ -91,7 +91,7 @@ def write(file: StreamedSafetensors, path: str, tensor: QuantizedTensor) -> None
 
 def search(inputs: Inputs, rows: Calibration, wish: Wish, shapes: Mapping[str, tuple[int, int]], staging: Path) -> RoundingPlan:
     """Choose bits and block sizes under the limit of `wish`. Raises SettingsError if it cannot be kept."""
-    from edgelora.rounding_plan import RoundingPlan, load_merged
+    from edgelora.merging.rounding_plan import RoundingPlan, load_merged
 
     with tempfile.TemporaryDirectory(dir=staging.parent, prefix=f"{staging.name}.") as folder:
         model, scores, fits = load_merged(inputs, rows, scored=True)
