@@ -138,7 +138,7 @@ def test_file_map_is_complete() -> None:
 def test_methods_are_settings_and_papers_are_those_of_the_code() -> None:
     source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "edgelora").rglob("*.py"))
     papers = re.findall(r"https://arxiv\.org/abs/([\d.]+)\)", README)
-    assert len(papers) == 9
+    assert len(papers) >= 9
     assert [number for number in papers if f"arXiv {number}" not in source] == []
     (table,) = re.findall(r"^\| setting \|.*?\n\n", README, re.DOTALL | re.MULTILINE)
     shown = [tomllib.loads(line) for line in re.findall(r"`(\w+ = [^`]+)`", table)]

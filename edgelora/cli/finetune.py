@@ -24,7 +24,9 @@ from edgelora.errors import SettingsError
 def finetune(
     model: str, data: str, out: Path, resume: bool, overwrite: bool, config_file: Path | None, **given: Any
 ) -> dict[str, Any]:
-    """Train a LoRA adapter for MODEL, or with --method scales the block scales of its integers, on the rows of DATA.
+    """Train a LoRA adapter for MODEL on the rows of DATA.
+
+    With --method scales: the block scales of its integers instead.
 
     MODEL is a hub id, a folder, a .gguf file or package:NAME. DATA is a JSONL, CSV or Parquet file, a folder with train, valid
     and test files, or a hub dataset id.
