@@ -101,3 +101,6 @@ BF16_PRODUCT = 1e-2
 
 # A combination of adapters against PEFT's, which decomposes the sum and multiplies it again, or against sums by hand in fp32.
 COMBINED_WEIGHT = {"rtol": 1e-4, "atol": 2e-6}
+
+# A classifier's probabilities beside those of the same text in another batch: padding changes the order of fp32 sums.
+PADDED_BATCH = 1e-4
