@@ -23,7 +23,7 @@ def check(request: Request, key: str | None, *, local: bool) -> None:
     """
     if key is not None:
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), key.encode()):
+        if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode("latin-1"), key.encode()):
             problem = "is wrong" if given else "is missing; send it as Authorization: Bearer KEY"
             raise Refusal(401, f"the API key {problem}", code="invalid_api_key")
     elif local and not is_local(request.headers.get("host", "")):
