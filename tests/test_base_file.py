@@ -165,8 +165,8 @@ def test_an_encoder_is_mapped_too(family: str, tmp_path: Path, cache: Path) -> N
         assert same(layer.weight, FrozenWeight(quantize(source.read(f"{path}.weight"), 4, 32)))
         assert layer.quantized is not None
         assert layer.quantized.codes.untyped_storage().nbytes() == files(cache)[0].stat().st_size
-    ids, mask = torch.arange(12).view(2, 6), torch.ones(2, 6, dtype=torch.int64)
-    assert torch.equal(first.eval().logits(ids, mask), again.eval().logits(ids, mask))
+    batch = {"input_ids": torch.arange(12).view(2, 6), "attention_mask": torch.ones(2, 6, dtype=torch.int64)}
+    assert torch.equal(first.eval().logits(**batch), again.eval().logits(**batch))
 
 
 def test_a_model_changed_in_place_is_rounded_again(tmp_path: Path, cache: Path) -> None:

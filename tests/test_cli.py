@@ -52,6 +52,7 @@ def test_verbs_stand_in_the_order_of_the_line(edgelora: Edgelora) -> None:
         "export",
         "run",
         "chat",
+        "serve",
         "bench",
         "tasks",
         "inspect",
@@ -74,7 +75,7 @@ def test_every_verb_has_json_quiet_and_a_help_for_each_option(verb: click.Comman
         (
             ["finetun"],
             'no such verb "finetun". Did you mean "finetune"? Verbs: doctor, plan, data, finetune, evaluate, merge, export, '
-            "run, chat, bench, tasks, inspect",
+            "run, chat, serve, bench, tasks, inspect",
             "edgelora --help",
         ),
         (["finetune", "m", "d", "--rnk", "4"], 'no such option "--rnk". Did you mean "--rank"?', "edgelora finetune --help"),

@@ -138,7 +138,7 @@ def test_a_kept_layer_of_an_encoder_keeps_what_the_formula_says(
 
     ids = torch.full((4, length), 7)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        logits = model.train().logits(ids, torch.ones_like(ids))
+        logits = model.train().logits(input_ids=ids, attention_mask=torch.ones_like(ids))
     assert logits.requires_grad
     settings, piece = Settings(32, 4, 2, targets=targeted(shape, "all-linear", 8)), piece_of([length] * 4, 0.1, padded=True)
     block = costs.kept_values(shape, piece) + piece.tokens * costs.low_per_token(shape, settings)

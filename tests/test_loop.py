@@ -6,7 +6,7 @@ import json
 import math
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,14 +73,18 @@ class Moment:
     """Raises a signal at the n-th scoring of the validation rows: 1 is the base's, the last one the closing table's."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, at: int) -> None:
-        self.left, self.number, self.score = at, number, Training.score
-        monkeypatch.setattr(Training, "score", lambda training, **options: self(training, **options))
+        self.left, self.number = at, number
+        for name in ("score", "closing"):
+            monkeypatch.setattr(Training, name, self.counted(getattr(Training, name)))
 
-    def __call__(self, training: Training, **options: Any) -> Any:
-        self.left -= 1
-        if self.left == 0:
-            signal.raise_signal(self.number)
-        return self.score(training, **options)
+    def counted(self, score: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            self.left -= 1
+            if self.left == 0:
+                signal.raise_signal(self.number)
+            return score(*arguments, **options)
+
+        return call
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -158,7 +158,7 @@ def test_no_such_verb(edgelora: Edgelora) -> None:
     assert edgelora("finetun", "model") == (
         2,
         'error: no such verb "finetun". Did you mean "finetune"? Verbs: doctor, plan, data, finetune, evaluate, merge, export, '
-        "run, chat, bench, tasks, inspect\nhint: edgelora --help\n",
+        "run, chat, serve, bench, tasks, inspect\nhint: edgelora --help\n",
     )
 
 

@@ -87,7 +87,7 @@ def test_the_merged_codes_are_those_of_the_last_step(kind: str, request: pytest.
     grid = read_manifest(found.folder, "run")["grid"]
     assert set(grid["bits"].values()) <= {4, 8}
     assert set(found.last) == set(grid["bits"])
-    merge(found.folder, tmp_path / "merged")
+    merge(found.folder, tmp_path / "merged", force=True)  # so few steps: what is kept of their gain is not asked here
     merged = MergedCheckpoint.open(tmp_path / "merged")
     for path, ours in found.last.items():
         shipped = merged.read_linear(path)

@@ -219,7 +219,7 @@ def test_adapter_without_gradient_is_refused(decoder: tuple[str, str], tmp_path:
     monkeypatch.setattr(inject, "switched_off", lambda model: contextlib.nullcontext())
     with pytest.raises(SettingsError) as caught:
         finetune(*decoder, tmp_path / "run", settings())
-    assert caught.value.message == "1 adapters got no gradient in the first step: model.layers.1.self_attn.v_proj"
+    assert caught.value.message == "1 layers got no gradient in the first step: model.layers.1.self_attn.v_proj"
 
 
 def test_what_is_refused_leaves_nothing_behind(decoder: tuple[str, str], tmp_path: Path) -> None:

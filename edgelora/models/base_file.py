@@ -101,11 +101,12 @@ def open_base(
 ) -> ModelSource | BaseWeights:
     """Return the frozen weights in `bits` (32, 16, 8, 4), mapped from a file where that takes fewer bytes of memory.
 
-    The source itself: where its files hold the weights in these bits already (nothing is copied), and for a merged folder.
+    The source itself: where its files hold the weights in these bits already (nothing is copied), and for a merged folder that
+    is not streamed.
     A file: for fewer bits than the source has; always if `streamed`. Memory: for more bits than the source has, and with a
     warning where the cache cannot be written. Raises MachineError if the disk is full.
     """
-    if source.merged is not None or not any(section.groups or section.tables for section in sections):
+    if (source.merged is not None and not streamed) or not any(section.groups or section.tables for section in sections):
         return source
     path = cache_folder() / f"{_key(source, sections, bits, block_size)}-{VERSION}{SUFFIX}"
     found = _open(path, source)

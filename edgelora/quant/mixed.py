@@ -7,6 +7,7 @@ hull of each layer's options: the greedy solution of the knapsack, short of the 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -46,9 +47,7 @@ def ladder(groups: Mapping[str, Sequence[Option]]) -> list[Assignment]:
     """Return the assignments from the smallest to the one of least loss, each one step above the last."""
     hulls = {name: frontier(options) for name, options in groups.items()}
     now = {name: hull[0] for name, hull in hulls.items()}
-    steps = [
-        (gain(small, large), name, large) for name, hull in hulls.items() for small, large in zip(hull, hull[1:], strict=False)
-    ]
+    steps = [(gain(small, large), name, large) for name, hull in hulls.items() for small, large in itertools.pairwise(hull)]
     rungs = [dict(now)]
     for _, name, option in sorted(steps, key=lambda step: (-step[0], step[1], step[2].num_bytes)):
         now[name] = option
