@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from edgelora import console
 from edgelora.data.check import Problems, check_columns, map_columns, peek_columns
 from edgelora.data.files import find_files
-from edgelora.data.read import iterate_file
+from edgelora.data.read import iterate_file, with_paths
 from edgelora.errors import DataError, FolderError, MachineError, SettingsError, did_you_mean
 from edgelora.folder import MANIFEST, read_manifest
 from edgelora.tasks import get_task, guess_task
@@ -234,7 +234,8 @@ class Rows:
         def rows() -> Iterator[tuple[Path, int, Row]]:
             for path in files[split]:
                 for line, row in iterate_file(path, functools.partial(problems.add, path)):
-                    yield path, line, self.target.task.normalize(map_columns(row, self.columns))
+                    found = self.target.task.normalize(map_columns(row, self.columns))
+                    yield path, line, with_paths(found, self.target.task.file_columns, path)
 
         # Where there is nothing but one set of rows, nobody has said that it is for training.
         return "given" if split == "train" else split, self._take(rows(), problems, limit)

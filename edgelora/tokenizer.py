@@ -26,8 +26,10 @@ TOKENIZER_FILES = (
     "tokenizer.model",
     "chat_template.jinja",
     "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
 )
-"""What a stage copies along, where the source has it."""
+"""What a stage copies along, where the source has it: of image processors and feature extractors too."""
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 

@@ -21,7 +21,7 @@ ALLOWED_LONG: dict[str, str] = {}
 
 # Imports point from a later row to an earlier one, or stay within a row; among those of ORDER_INSIDE, from right to left only.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "config", "folder", "console", "hardware", "memory", "rates", "tokenizer", "chat_template"),
+    ("errors", "config", "folder", "console", "hardware", "memory", "rates", "tokenizer", "chat_template", "images"),
     ("tasks",),
     ("data", "quant", "models", "adapters", "bundle", "scales_delta"),
     (
@@ -174,7 +174,7 @@ def test_no_drawer_for_leftovers() -> None:
 
 
 def test_nothing_is_left_undone() -> None:
-    words = ("TO" + "DO", "FIX" + "ME", "XX" + "X", "Not" + "Implemented")
+    words = ("TO" + "DO", "FIX" + "ME", "XX" + "X", "raise Not" + "Implemented")
     found = []
     for path in python_files("edgelora", "tests", "tools", "examples"):
         for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):

@@ -46,7 +46,7 @@ def test_misspelt_column(edgelora: Edgelora) -> None:
         2,
         "error: no task has the columns completion, promt; wanted one of: messages (text-generation), prompt + completion "
         "(text-generation), text (text-generation), text + text_pair + label (text-classification), text + label "
-        "(text-classification)\n"
+        "(text-classification), image + label (image-classification)\n"
         "hint: --columns prompt=promt maps our names to the data's\n",
     )
 

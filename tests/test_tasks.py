@@ -72,7 +72,8 @@ def test_tasks_are_found_guessed_and_their_modules_named_after_them() -> None:
         guess_task(["mr", "ref"])
     assert caught.value.message == (
         "no task has the columns mr, ref; wanted one of: messages (text-generation), prompt + completion (text-generation), "
-        "text (text-generation), text + text_pair + label (text-classification), text + label (text-classification)"
+        "text (text-generation), text + text_pair + label (text-classification), text + label (text-classification), "
+        "image + label (image-classification)"
     )
     assert caught.value.hint == "--columns prompt=mr,completion=ref maps our names to the data's"
 

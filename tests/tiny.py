@@ -121,3 +121,58 @@ def save_tokenizer(folder: Path, *, chat: bool = True) -> None:
         config["chat_template"] = CHAT_TEMPLATE
         (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+VISION: dict[str, tuple[str, dict[str, Any]]] = {
+    "resnet": ("ResNetConfig", {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}),
+    "mobilenet_v2": ("MobileNetV2Config", {"image_size": 32, "depth_multiplier": 0.25, "min_depth": 8,
+                                           "depth_divisible_by": 8}),
+    "convnext": ("ConvNextConfig", {"image_size": 32, "num_stages": 2, "hidden_sizes": [8, 16], "depths": [1, 1],
+                                    "layer_scale_init_value": 0.5}),
+    "vit": ("ViTConfig", {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2,
+                          "num_attention_heads": 4, "intermediate_size": 64}),
+    "deit": ("DeiTConfig", {"architectures": ["DeiTForImageClassification"],
+                            "image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2,
+                            "num_attention_heads": 4, "intermediate_size": 64}),
+}  # fmt: skip
+PREPROCESSOR: dict[str, Any] = {
+    "image_processor_type": "ViTImageProcessor", "do_resize": True, "size": {"height": 32, "width": 32}, "resample": 2,
+    "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.25] * 3,
+}  # fmt: skip
+
+
+def save_vision(folder: Path, family: str = "resnet", *, labels: int = 3, seed: int = 0, **overrides: Any) -> Path:
+    """Save a random classifier of pictures of a family of VISION, the statistics of its batch norms random too."""
+    import torch
+    import transformers
+
+    name, differs = VISION[family]
+    config = getattr(transformers, name)(**{**differs, "num_labels": labels, **overrides})
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = transformers.AutoModelForImageClassification.from_config(config)
+        for module in model.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                for tensor in (module.weight, module.running_var):
+                    torch.nn.init.uniform_(tensor, 0.5, 1.5)
+                for tensor in (module.bias, module.running_mean):
+                    torch.nn.init.normal_(tensor, std=0.2)
+    model.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR), encoding="utf-8")
+    return folder
+
+
+def save_pictures(folder: Path, rows: int = 24, size: int = 32) -> Path:
+    """Write FOLDER/{dark,light,stripes}/N.png: three kinds of pictures that are easy to tell apart."""
+    import numpy as np
+    from PIL import Image
+
+    random = np.random.default_rng(0)
+    for number in range(rows):
+        label = ("dark", "light", "stripes")[number % 3]
+        pixels = random.integers(0, 60, (size, size, 3)) + {"dark": 0, "light": 180, "stripes": 60}[label]
+        if label == "stripes":
+            pixels[::4] += 120
+        (folder / label).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / label / f"{number}.png")
+    return folder

@@ -104,3 +104,7 @@ COMBINED_WEIGHT = {"rtol": 1e-4, "atol": 2e-6}
 
 # A classifier's probabilities beside those of the same text in another batch: padding changes the order of fp32 sums.
 PADDED_BATCH = 1e-4
+# Convolutions and whole small vision networks against torch's own: sums in another order, and batch norm as one product.
+CONVOLUTION = {"rtol": 1e-4, "atol": 2e-5}
+# Pixels against transformers' processors, which compute the same bytes and normalize in fp32 or fp64.
+PIXELS = {"rtol": 0.0, "atol": 2e-6}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -77,8 +78,8 @@ class Adapted:
         saved = self.adapter.saved_modules.get(name)
         tensor = (self.source.read(self.aliases[name]) if saved is None else saved).float()
         path = name.removesuffix(".weight")
-        if path != name and path in self.adapter.paths:  # a small embedding
-            tensor = self.adapter.merged_weight(path, tensor)
+        if path != name and path in self.adapter.paths:  # a small embedding, a convolution
+            tensor = self.adapter.merged_weight(path, tensor.flatten(1)).view_as(tensor)
         return tensor + self.adapter.shifts[name] if name in self.adapter.shifts else tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -112,7 +113,7 @@ class Adapted:
         singles = (self.adapter,) if isinstance(self.adapter, AdapterFile) else self.adapter.adapters
         for path, factors in (item for single in singles for item in single.factors.items() if item[0] != layout.tied_head):
             found, own = (factors.b.shape[0], factors.a.shape[1]), self.shape(f"{path}.weight")
-            if found != own:
+            if found != (own[0], math.prod(own[1:])):
                 problems.append(f"{path} is adapted as {list(found)}, the model's is {list(own)}")
         problems += [
             f"{name} is {list(tensor.shape)}, the model's is {list(self.shape(name))}"

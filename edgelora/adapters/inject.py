@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from edgelora.errors import SettingsError, did_you_mean
 from edgelora.quant.grid import QuantizedTensor
 
 if TYPE_CHECKING:
+    from edgelora.models.convolution import FrozenConv
     from edgelora.models.decoder import Decoder
     from edgelora.models.linear import FrozenLinear
     from edgelora.models.network import Network
@@ -22,14 +23,15 @@ if TYPE_CHECKING:
 ALL_LINEAR = "all-linear"
 
 
-def choose_targets(paths: Sequence[str], wanted: str) -> list[str]:
-    """Return those of the model's linear layers that `wanted` names, in the model's order.
+def choose_targets(paths: Sequence[str], wanted: str, convolutions: Container[str] = ()) -> list[str]:
+    """Return those of the model's layers that `wanted` names, in the model's order.
 
-    `wanted` is "all-linear", or names separated by commas; a name matches a layer's whole path or its end at a dot,
-    as in PEFT. Raises SettingsError for every name that matches nothing.
+    `wanted` is "all-linear", which of a network without linear layers means its `convolutions`, or names separated by commas;
+    a name matches a layer's whole path or its end at a dot, as in PEFT. Raises SettingsError for every name that matches
+    nothing.
     """
     if wanted.strip() == ALL_LINEAR:
-        return list(paths)
+        return [path for path in paths if path not in convolutions] or list(paths)
     names = [name.strip() for name in wanted.split(",") if name.strip()]
     unknown = [name for name in names if not any(matches(path, name) for path in paths)]
     if unknown or not names:
@@ -56,19 +58,22 @@ def attach(model: Decoder | Network, settings: LoRASettings, targets: str) -> di
 
     Raises SettingsError for targets and patterns that match no layer, and for ranks that a layer is too small for.
     """
-    linears = frozen_linears(model)
-    paths = choose_targets(list(linears), targets)
-    refuse_settings(settings, {path: (linears[path].out_features, linears[path].in_features) for path in paths})
+    layers, convolutions = frozen_layers(model), frozen_convolutions(model)
+    paths = choose_targets(list(layers), targets, convolutions)
+    shapes = {path: (layers[path].out_features, layers[path].in_features) for path in paths}
+    refuse_settings(settings, shapes, [path for path in paths if path in convolutions])
     added = {}
     for path in paths:
-        added[path] = LoRA.from_base(linears[path], settings)
+        added[path] = LoRA.from_base(layers[path], settings)
         model.replace_linear(path, added[path])
     return added
 
 
-def refuse_settings(settings: LoRASettings, shapes: dict[str, tuple[int, int]]) -> None:
+def refuse_settings(settings: LoRASettings, shapes: dict[str, tuple[int, int]], convolutions: Sequence[str] = ()) -> None:
     """Raise SettingsError for what does not fit the target layers, whose (outputs, inputs) are given by path."""
-    problems = []
+    asked = {"dora": settings.dora, "dropout": bool(settings.dropout), 'init = "eva"': settings.init == "eva"}
+    unfit = [name for name, set_ in asked.items() if set_ and convolutions]
+    problems = [f"{name} is for linear layers; {convolutions[0]} is a convolution" for name in unfit]
     for name, patterns in (("rank_pattern", settings.rank_pattern), ("alpha_pattern", settings.alpha_pattern)):
         unused = [key for key in patterns if not any(from_pattern({key: True}, path, False) for path in shapes)]
         problems += [f'{name} "{key}" is the end of no target layer\'s name' for key in unused]
@@ -90,6 +95,24 @@ def initial_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {f"{path}.initial_{name}": pair[i] for path, pair in pairs.items() for i, name in enumerate("AB")}
 
 
+def frozen_layers(model: Decoder | Network) -> dict[str, FrozenLinear | FrozenConv]:
+    """Return the linear layers and convolutions that have no adapter yet, by path, linear layers first."""
+    return {**frozen_linears(model), **frozen_convolutions(model)}
+
+
+def frozen_convolutions(model: Decoder | Network) -> dict[str, FrozenConv]:
+    """Return the convolutions that have no adapter yet, by path; a decoder has none."""
+    from edgelora.models.convolution import FrozenConv
+
+    found: dict[str, nn.Module] = getattr(model, "convolutions", dict)()
+    return {path: layer for path, layer in found.items() if isinstance(layer, FrozenConv)}
+
+
+def adaptable(model: Decoder | Network) -> list[str]:
+    """Return the paths of all layers that have or may have an adapter, linear layers first."""
+    return [*model.linears(), *getattr(model, "convolutions", dict)()]
+
+
 def frozen_linears(model: Decoder | Network) -> dict[str, FrozenLinear]:
     """Return the layers that have no adapter yet, by path, in the model's order."""
     from edgelora.models.linear import FrozenLinear
@@ -105,6 +128,8 @@ def adapters(model: nn.Module) -> dict[str, LoRA]:
 def put_on_grid(model: nn.Module, grid: dict[str, Any]) -> None:
     """Let every adapter compute with the rounded weights that ship; `grid` is what the run's manifest records."""
     for path, adapter in adapters(model).items():
+        if path not in grid["bits"]:  # a convolution, which ships as it is
+            continue
         adapter.grid = (int(grid["bits"][path]), int(grid["block_size"]))
         if grid.get("scales") == "learned" and adapter.grid[0] < 8:
             adapter.learn_scales()

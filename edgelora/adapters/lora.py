@@ -10,19 +10,20 @@ import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from edgelora.adapters.initialize import FROM_WEIGHT, INITIALIZATIONS, Start, from_pattern
+from edgelora.models.convolution import GEOMETRY, FrozenConv
+from edgelora.models.linear import FrozenLinear
 from edgelora.models.linear_group import LinearGroup, linears
 from edgelora.models.scale_gradient import of_codes, scale_gradient
 from edgelora.quant.grid import QuantizedTensor, dequantize, quantize
 
 if TYPE_CHECKING:
     from edgelora.config import FinetuneConfig
-    from edgelora.models.linear import FrozenLinear
 
 TOKENS_PER_SCALE = 4  # the gradient of block scales is a matrix product more: on all tokens a third of a step's time
 
@@ -96,7 +97,7 @@ def combine(weight_NK: Tensor, factors: Factors) -> Tensor:
 
 
 class LoRA(nn.Module):
-    """An adapter around a frozen linear layer. `enabled = False` gives the base layer's output.
+    """An adapter around a frozen linear layer or convolution. `enabled = False` gives the base layer's output.
 
     With `grid`, (bits, block size), the layer computes with the merged weight as it ships: rounded, unless `unrounded` is set
     for a while. What is rounded is `start` + s·BA, where a start that makes up for errors was given (train/start.py). Block
@@ -105,7 +106,7 @@ class LoRA(nn.Module):
     s·(BA - B0 A0), of rank 2r (initialize.py).
     """
 
-    def __init__(self, base: FrozenLinear, factors: Factors, dropout: float = 0.0) -> None:
+    def __init__(self, base: FrozenLinear | FrozenConv, factors: Factors, dropout: float = 0.0) -> None:
         super().__init__()
         self.base = base
         self.path = base.path
@@ -126,7 +127,7 @@ class LoRA(nn.Module):
         self._rounded: tuple[tuple[int, ...], QuantizedTensor] | None = None
 
     @classmethod
-    def from_base(cls, base: FrozenLinear, settings: LoRASettings) -> Self:
+    def from_base(cls, base: FrozenLinear | FrozenConv, settings: LoRASettings) -> Self:
         """Return a new adapter as initialize.py begins it, so that training starts at the base.
 
         What is random depends on the seed and the layer's path alone: neither on the order nor on the choice of other adapters.
@@ -136,7 +137,7 @@ class LoRA(nn.Module):
         rank, scale = settings.rank_of(base.path), settings.scale_of(base.path)
         shape = (base.out_features, base.in_features)
         # The one unpacking buffer: layer by layer, memory of their own would leave holes between what stays.
-        unpacked = base.weight.in_scratch
+        unpacked = base.in_scratch
         a, b = INITIALIZATIONS[settings.init](Start(unpacked, shape, rank, scale, generator))
         magnitude = torch.linalg.vector_norm(unpacked(), dim=1) if settings.dora else None
         layer = cls(base, Factors(a.contiguous(), b.contiguous(), scale, magnitude), settings.dropout)
@@ -179,6 +180,8 @@ class LoRA(nn.Module):
         if not self.enabled:
             plain: Tensor = self.base(x)
             return plain
+        if isinstance(self.base, FrozenConv):
+            return self.base.adapted(x, self, self.lora_A, self.lora_B)
         flat_TK = x.reshape(-1, x.shape[-1])
         if self.in_weight_space:
             self._alone = self._alone or LinearGroup([self])
@@ -195,7 +198,11 @@ class LoRA(nn.Module):
     @property
     def frozen(self) -> FrozenLinear:
         """The frozen layer under the adapter (linear_group.Member)."""
+        assert isinstance(self.base, FrozenLinear)
         return self.base
+
+    def __getattr__(self, name: str) -> Any:  # transformers' code asks a convolution for its geometry
+        return getattr(self.base, name) if name in GEOMETRY else super().__getattr__(name)
 
     @property
     def in_weight_space(self) -> bool:
@@ -216,7 +223,7 @@ class LoRA(nn.Module):
 
     def weight_data(self) -> Tensor | QuantizedTensor:
         """Return the frozen weight `[N, K]` as it is stored, or on the grid Q(W0 + s·BA)."""
-        return self.base.weight_data() if self.apart else self.rounded()
+        return self.frozen.weight_data() if self.apart else self.rounded()
 
     def learn_scales(self) -> None:
         """Let the block scales be trained with the adapter: from now on there is a parameter more. Needs `grid`."""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from edgelora.adapters.inject import adapters, frozen_linears, matches, suffixes
+from edgelora.adapters.inject import adapters, frozen_layers, matches, suffixes
 from edgelora.adapters.lora import Factors, LoRA
 from edgelora.adapters.peft_config import (
     CONFIG,
@@ -34,6 +34,7 @@ from edgelora.adapters.peft_tensors import read_tensors, unfit_parameters, wrong
 from edgelora.adapters.weight_space import check_shape, merged_weight
 from edgelora.errors import FolderError
 from edgelora.folder import write_json
+from edgelora.models.convolution import FrozenConv
 
 if TYPE_CHECKING:
     from edgelora.models.decoder import Decoder
@@ -76,6 +77,7 @@ class AdapterFile:
     shifts: dict[str, Tensor] = field(default_factory=dict)  # by the bias's name, what is added to it (lora_bias)
     parameters: bool = False  # trained with target_parameters
     notes: tuple[str, ...] = ()
+    kernels: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of a convolution's path: inputs per group, kernel
 
     @property
     def paths(self) -> set[str]:
@@ -104,8 +106,9 @@ def save(adapter: AdapterFile, folder: Path, *, paths: Sequence[str] = ()) -> No
     folder.mkdir(parents=True, exist_ok=True)
     tensors = dict(adapter.saved_modules)
     for path, factors in adapter.factors.items():
-        tensors[f"{path}.lora_A.weight"] = factors.a
-        tensors[f"{path}.lora_B.weight"] = factors.b
+        kernel = adapter.kernels.get(path, ())  # PEFT keeps a convolution's as two convolutions: [r, C, *kernel], [N, r, 1 …]
+        tensors[f"{path}.lora_A.weight"] = factors.a.view(-1, *kernel) if kernel else factors.a
+        tensors[f"{path}.lora_B.weight"] = factors.b.view(*factors.b.shape, *[1] * (len(kernel) - 1))
         if factors.magnitude is not None:
             tensors[f"{path}.lora_magnitude_vector"] = factors.magnitude
     write_json(folder / CONFIG, peft_config(adapter, paths))
@@ -162,11 +165,14 @@ def load(folder: Path) -> AdapterFile:
     parts: dict[str, dict[str, Tensor]] = {}
     rows: dict[str, Tensor] = {}
     saved: dict[str, Tensor] = {}
+    kernels: dict[str, tuple[int, ...]] = {}
     for key, tensor in tensors.items():
         name = key.removeprefix(PREFIX).replace(".modules_to_save.", ".").replace(".token_adapter.base_layer.", ".")
         name = name.replace(".base_layer.", ".")
         if found := PART.fullmatch(name):
-            parts.setdefault(found[1], {})[found[2]] = tensor
+            if found[2] == "lora_A" and tensor.ndim > 2:
+                kernels[found[1]] = tuple(tensor.shape[1:])
+            parts.setdefault(found[1], {})[found[2]] = tensor.flatten(1) if tensor.ndim > 2 else tensor
         elif found := BIAS.fullmatch(name):
             parts.setdefault(found[1], {})["bias"] = tensor
         elif found := TOKENS.fullmatch(name):
@@ -196,6 +202,7 @@ def load(folder: Path) -> AdapterFile:
         shifts={f"{path}.bias": scales[path] * part["bias"].float() for path, part in parts.items() if "bias" in part},
         parameters=bool(config.get("target_parameters")),
         notes=tuple(notes(folder, config)),
+        kernels=kernels,
     )
 
 
@@ -215,8 +222,9 @@ def to_factors(part: dict[str, Tensor], scale: float) -> Factors:
 
 def from_model(model: Model, *, rslora: bool, dropout: float, base: str | None, task_type: str | None) -> AdapterFile:
     """Return the adapters and the trained head of a model as they are now; their tensors are the model's own."""
+    found = adapters(model)
     return AdapterFile(
-        {path: adapter.factors for path, adapter in adapters(model).items()},
+        {path: adapter.factors for path, adapter in found.items()},
         {name: tensor.detach() for name, tensor in head_parameters(model).items()},
         tuple(getattr(model, "head_names", ())),
         rslora=rslora,
@@ -224,7 +232,13 @@ def from_model(model: Model, *, rslora: bool, dropout: float, base: str | None, 
         dropout=dropout,
         base=base,
         task_type=task_type,
+        kernels={path: kernel_of(layer.base) for path, layer in found.items() if isinstance(layer.base, FrozenConv)},
     )
+
+
+def kernel_of(layer: FrozenConv) -> tuple[int, ...]:
+    """Return a convolution's weight's sizes but the first: inputs of a group, kernel."""
+    return tuple(layer.weight.shape[1:])
 
 
 @torch.no_grad()
@@ -233,18 +247,18 @@ def apply(model: Model, adapter: AdapterFile) -> None:
 
     Raises FolderError that lists everything that the model has no place for.
     """
-    linears, present = frozen_linears(model), adapters(model)
+    layers, present = frozen_layers(model), adapters(model)
     replaced: dict[str, Tensor] = {**biases(model), **head_parameters(model)}
-    unknown = [*(set(adapter.factors) - set(linears) - set(present)), *(set(adapter.saved_modules) - set(replaced))]
+    unknown = [*(set(adapter.factors) - set(layers) - set(present)), *(set(adapter.saved_modules) - set(replaced))]
     unknown += [*adapter.tokens, *adapter.shifts, *([f"a base without its part ({adapter.start})"] if adapter.start else [])]
     if unknown:
         raise FolderError("\n  ".join(["the adapter changes what this model does not have:", *sorted(unknown)[:10]]))
     for path, factors in adapter.factors.items():
         layer = present.get(path)
         if layer is None:
-            check_shape(path, factors, (linears[path].out_features, linears[path].in_features))
+            check_shape(path, factors, (layers[path].out_features, layers[path].in_features))
             factors = in_fp32(factors)
-            model.replace_linear(path, LoRA(linears[path], factors, adapter.dropout))
+            model.replace_linear(path, LoRA(layers[path], factors, adapter.dropout))
         else:
             layer.set_factors(factors)
     for name, tensor in adapter.saved_modules.items():

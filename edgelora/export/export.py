@@ -100,7 +100,7 @@ def merged_folder(
     if kind == "merged":
         manifest = read_manifest(path, "merged")
         found = manifest.get("precision", precision)
-        if found != precision:
+        if found != precision and manifest["layers"]:
             raise SettingsError(
                 f"{path} was merged to {found}, not {precision}", hint=f"edgelora merge RUN --precision {precision}"
             )
@@ -124,6 +124,7 @@ def open_work(staging: Path, merged: Path, run: Path | None, precision: str, dev
     checkpoint = MergedCheckpoint.open(merged)
     spec = decoder_spec(checkpoint.config) if checkpoint.task == GENERATION else None
     processor = get_task(checkpoint.task).open_processor(merged)
+    precision = str(checkpoint.manifest.get("precision", precision))  # convolutions alone ship in fp32, whatever was asked for
     return Work(staging, checkpoint, run, precision, device, spec, processor)
 
 

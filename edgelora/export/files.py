@@ -18,7 +18,9 @@ from edgelora.models.spec import DecoderSpec
 
 MODEL_NAMES = {"int4": "model_q4.onnx", "int8": "model_quantized.onnx", "fp32": "model.onnx"}
 WEB_DTYPES = {"int4": "q4", "int8": "q8", "fp32": "fp32"}
-COPIED = ("tokenizer.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt", "tokenizer.model")
+PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
+VOCABULARIES = ("vocab.txt", "vocab.json", "merges.txt", "tokenizer.model")
+COPIED = (*PREPROCESSORS, *VOCABULARIES, "tokenizer.json", "special_tokens_map.json")
 # Model types of onnxruntime-genai 0.18 that read this graph; "decoder" is its name for any other.
 GENAI_TYPES = ("gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
 TRANSFORMERS_5_KEYS = ("backend", "is_local", "local_files_only", "processor_class", "auto_map")
@@ -96,6 +98,8 @@ def write_tokenizer(folder: Path, facts: BundleFacts) -> None:
         source = facts.source / name
         if source.is_file():
             (folder / name).write_bytes(source.read_bytes())
+    if not (facts.source / "tokenizer.json").is_file():
+        return
     config = read_json(facts.source / "tokenizer_config.json")
     config = {key: value for key, value in config.items() if key not in TRANSFORMERS_5_KEYS}
     config["tokenizer_class"] = "PreTrainedTokenizerFast"

@@ -77,6 +77,12 @@ def build_traced(checkpoint: MergedCheckpoint, accuracy_levels: Mapping[str, int
             raise ModelError(f"{type(model).__name__} cannot be traced: {last_line(error)}") from error
     assert program is not None
     graph = apply(rename(program.model))
+    for value, tensor in zip(graph.graph.inputs, wanted, strict=True):
+        value.shape = ir.Shape(tensor.shape)
+    for value, tensor in zip(graph.graph.outputs, task.outputs, strict=True):
+        assert value.shape is not None
+        sizes = zip(value.shape, tensor.shape, strict=True)
+        value.shape = ir.Shape([size if isinstance(size, int) else name for size, name in sizes])
     return TracedGraph(graph, matmul_nodes(graph))
 
 

@@ -174,9 +174,9 @@ def onnx_logits(session: DecoderSession, prompt: Sequence[int]) -> tuple[Array, 
 
 @torch.no_grad()
 def verify_network(classifier: Classifier, model: Network, *, quantized: bool) -> dict[str, Any]:
-    """Compare on the task's trial rows, batched by ONNX Runtime and one at a time in torch: padding must not matter."""
+    """Compare on the task's trial examples, batched by ONNX Runtime and one at a time in torch: padding must not matter."""
     task, processor = classifier.task, classifier.processor
-    examples = [classifier.encode_row(row) for row in task.trial_rows(processor)]
+    examples = [task.truncate(example, classifier.max_length) for example in task.trial_examples(processor)]
     predictor = TorchPredictor(model, functools.partial(task.collate, processor=processor))
 
     def reference() -> Array:

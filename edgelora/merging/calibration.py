@@ -13,7 +13,7 @@ import numpy as np
 from edgelora.data.check import Problems, check_columns, map_columns, peek_columns
 from edgelora.data.files import find_files
 from edgelora.data.prepare import PREPARED, Prepared
-from edgelora.data.read import iterate_file
+from edgelora.data.read import iterate_file, with_paths
 from edgelora.errors import DataError
 from edgelora.tasks import get_task
 from edgelora.tasks.base import Example, Row, Task
@@ -124,7 +124,8 @@ def from_data(
     for path in paths:
         for line, row in iterate_file(path, functools.partial(problems.add, path)):
             if len(found) < READ_ROWS:
-                found.append((path, line, task.normalize(map_columns(row, columns))))
+                taken = with_paths(task.normalize(map_columns(row, columns)), task.file_columns, path)
+                found.append((path, line, taken))
     order = np.random.default_rng(0).permutation(len(found)).tolist()
     cut = min(HELD_OUT_ROWS, len(order) // 3)
 

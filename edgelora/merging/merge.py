@@ -74,10 +74,11 @@ def merge(
         raise SettingsError(f'precision "{precision}" is not known; {allowed}')
     if block_size not in BLOCK_SIZES:
         raise SettingsError(f"block size {block_size} is not allowed; allowed: {', '.join(map(str, BLOCK_SIZES))}")
-    wish = Wish(precision, block_size, **wishes)
     refuse_existing(out, overwrite=overwrite)
     with torch.no_grad():
         inputs = gather(run, adapter, model)
+        precision = shippable(precision, inputs)
+        wish = Wish(precision, block_size, **wishes)
         with new_folder(out, overwrite=overwrite) as staging:
             plan = plan_rounding(inputs, wish, staging)
             layers = write_weights(inputs.adapted, staging / WEIGHTS, plan)
@@ -105,6 +106,15 @@ def merge(
         "table": table(layers),
         "results": facts.get("results", []),
     }
+
+
+def shippable(precision: str, inputs: Inputs) -> str:
+    """Return the precision, fp32 for a model that has nothing on the grid: only linear layers and word embeddings go there."""
+    layout = inputs.adapted.layout
+    if precision == "fp32" or layout.linears or layout.embeddings:
+        return precision
+    inputs.notes.append(f"this model is convolutions, which {precision} has no layers for: it ships in fp32")
+    return "fp32"
 
 
 def gather(run: Path | None, adapter: Path | Recipe | None, model: str | None) -> Inputs:

@@ -201,6 +201,10 @@ class FrozenLinear(nn.Module):
         """Return fp32 `[N, K]`; at 32 bits the stored tensor itself, so do not write to it."""
         return self.weight.fp32()
 
+    def in_scratch(self) -> Tensor:
+        """Return fp32 `[N, K]`, unpacked into the one scratch buffer unless stored in 32 bits."""
+        return self.weight.in_scratch()
+
     def forward(self, x: Tensor) -> Tensor:
         flat_TK = x.reshape(-1, x.shape[-1])
         y: Tensor = _Product.apply(flat_TK, self.weight)  # type: ignore[no-untyped-call]

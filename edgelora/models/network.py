@@ -7,19 +7,22 @@ import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from edgelora.errors import ModelError
 from edgelora.models.base_file import BaseWeights, open_base
 from edgelora.models.base_layout import Section
+from edgelora.models.convolution import FrozenBatchNorm, FrozenConv, can_freeze
 from edgelora.models.linear import FrozenEmbedding, FrozenLinear, FrozenWeight
 from edgelora.models.recompute import Calls, Keeping, Shelf
 from edgelora.models.source import ModelSource
 from edgelora.tasks.base import Task
 
+BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
 WORD_EMBEDDINGS = ("word_embeddings", "tok_embeddings", "embed_tokens")
 
 
@@ -88,18 +91,31 @@ class Network(nn.Module):
 
     def linears(self) -> dict[str, nn.Module]:
         """Return the layers of the base that adapters may go to, by checkpoint path, in the order of the modules."""
+        return self._frozen(FrozenLinear)
+
+    def convolutions(self) -> dict[str, nn.Module]:
+        """Return the convolutions of the base that adapters may go to, by checkpoint path, in the order of the modules."""
+        return self._frozen(FrozenConv)
+
+    def _frozen(self, kind: type[nn.Module]) -> dict[str, nn.Module]:
         found: dict[str, nn.Module] = {}
         for path, module in self.network.named_modules():
             inside_adapter = any(path.startswith(f"{outer}.") for outer in found)
-            if not inside_adapter and (
-                isinstance(module, FrozenLinear) or isinstance(getattr(module, "base", None), FrozenLinear)
-            ):
+            if not inside_adapter and (isinstance(module, kind) or isinstance(getattr(module, "base", None), kind)):
                 found[path] = module
         return found
 
+    def train(self, mode: bool = True) -> Self:
+        """Statistics of batch norm stay those of the checkpoint, in a head that is trained too: they are no parameters."""
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
+        return self
+
     def replace_linear(self, path: str, module: nn.Module) -> None:
-        """Put `module` in the place of the layer at `path`; raises KeyError for a path that `linears` does not name."""
-        if path not in self.linears():
+        """Put `module` in the place of a layer; raises KeyError for a path that neither `linears` nor `convolutions` names."""
+        if path not in self.linears() and path not in self.convolutions():
             raise KeyError(path)
         _replace(self.network, path, module)
 
@@ -127,7 +143,8 @@ def load_network(
     if layer_bits:
         own = [{path: layer_bits[path] for (path,) in section.groups if path in layer_bits} for section in sections]
         sections = [dataclasses.replace(section, bits=bits) for section, bits in zip(sections, own, strict=True)]
-    weights = open_base(source, sections, base_bits, block_size)
+    stored = any(section.groups or section.tables for section in sections)
+    weights = open_base(source, sections, base_bits, block_size) if stored else source
     _fill(network, weights, base_bits, block_size, prefix, heads, keep_head=keep_head)
     network.requires_grad_(False)
     for name, parameter in network.named_parameters():
@@ -225,15 +242,31 @@ def _fill(
         elif isinstance(module, nn.Linear) and not in_head:
             bias = source.read(f"{path}.bias") if module.bias is not None else None
             _replace(network, path, FrozenLinear.from_weight(path, source.read_linear(path), bias, bits, block_size))
+        elif not in_head and (frozen := _frozen_form(path, module, source, names)) is not None:
+            _replace(network, path, frozen)
         elif isinstance(module, nn.Embedding) and path.endswith(WORD_EMBEDDINGS) and bits < 32:
             weight = FrozenWeight.store(source.read_linear(path), max(bits, 8), block_size)
             _replace(network, path, FrozenEmbedding(path, weight))
         else:
             for name in own:
                 setattr(module, name.removeprefix(f"{path}."), nn.Parameter(source.read(name).float().clone()))
+            for name, buffer in module.named_buffers(prefix=path, recurse=False):
+                if name in names and source.shape(name) == tuple(buffer.shape):
+                    buffer.copy_(source.read(name))
     if problems:
         shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
         raise ModelError("\n  ".join([f"{source.reference} does not hold the model of its config.json:", *shown]))
+
+
+def _frozen_form(path: str, module: nn.Module, source: ModelSource | BaseWeights, names: set[str]) -> nn.Module | None:
+    """Return a convolution or batch norm as it is computed when it is never trained; None for other modules."""
+    if isinstance(module, nn.Conv1d | nn.Conv2d) and can_freeze(module):
+        bias = source.read(f"{path}.bias") if module.bias is not None else None
+        return FrozenConv(path, module, source.read(f"{path}.weight"), bias)
+    if isinstance(module, _BatchNorm) and f"{path}.running_mean" in names:
+        present = [name for name in BATCH_NORM if f"{path}.{name}" in names]
+        return FrozenBatchNorm(module, {name: source.read(f"{path}.{name}") for name in present})
+    return None
 
 
 def _draw(module: nn.Module, config: Any) -> None:

@@ -168,11 +168,17 @@ def _open_folder(path: Path, reference: str, license_name: str | None, trust_rem
         _refuse_packed(reference, config)
     files = sorted({entry.path for entry in entries.values()})
     mark = fingerprint([path / "config.json", *files])
-    folder = path if (path / "tokenizer.json").is_file() else _with_tokenizer(path, mark)
+    folder = path if (path / "tokenizer.json").is_file() or reads_no_text(path) else _with_tokenizer(path, mark)
     tensors = {name: (entry.shape, _reader(read_entry, entry)) for name, entry in entries.items()}
     rows = {name: _reader(read_entry_rows, entry) for name, entry in entries.items() if entry.shape and entry.shape[0]}
     known = card_license(path) or license_name
     return ModelSource(reference, "folder", folder, config, known, mark, tensors, rows=rows, modified=_modified(files))
+
+
+def reads_no_text(path: Path) -> bool:
+    """Tell whether a model's folder has a preprocessor of pictures or sound and no tokenizer in any form."""
+    vocabularies = ("tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
+    return (path / "preprocessor_config.json").is_file() and not any((path / name).is_file() for name in vocabularies)
 
 
 def _with_tokenizer(path: Path, mark: str) -> Path:

@@ -122,7 +122,7 @@ def candidates(situation: Situation, line: Line) -> Iterator[Settings]:
     from edgelora.train.targets import target_modules
 
     config, shape, chosen = situation.config, situation.shape, get_task(situation.task)
-    wanted = target_modules([path for path, _, _ in shape.linears], config, situation.task)
+    wanted = target_modules([path for path, _, _ in shape.linears], config, situation.task, shape.convolutions)
     targets = targeted(shape, wanted, config.rank if config.method == "lora" else 0, config.rank_pattern)
     optimizer_bits = config.optimizer_bits or line.optimizer_bits
     if line.stream and (shape.encoder or shape.merged_bytes is not None):

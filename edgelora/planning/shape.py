@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from edgelora.tasks import get_task
+
 if TYPE_CHECKING:
     from edgelora.models.source import ModelSource
     from edgelora.models.spec import DecoderSpec
@@ -33,6 +35,8 @@ class ModelShape:
     dropout: bool = False  # an encoder's own, of hidden states
     scored_heads: int = 0  # heads of an encoder whose attention has dropout: torch keeps their scores then
 
+    convolutions: frozenset[str] = frozenset()  # those of `linears` that are some, as matrices
+
     @classmethod
     def of(cls, source: ModelSource, task: str) -> ModelShape:
         """Read the shape of an opened model. Raises ModelError for a decoder that is not known."""
@@ -40,6 +44,11 @@ class ModelShape:
             from edgelora.models.families import decoder_spec
 
             return cls._decoder(source, decoder_spec(source.config))
+        wanted = get_task(task)
+        if wanted.unit != "tokens":
+            from edgelora.planning.pictures import network_shape
+
+            return network_shape(source, wanted)
         return cls._encoder(source)
 
     @classmethod
@@ -112,7 +121,7 @@ class ModelShape:
     def lowest(self, targets: Sequence[str]) -> int:
         """Return the first layer that has an adapter; below it nothing is kept and nothing computed in backward."""
         layers = [layer_of(path) for path in targets]
-        return min((layer for layer in layers if layer is not None), default=0)
+        return min((layer for layer in layers if layer is not None and layer < self.layers), default=0)
 
 
 @functools.cache  # the planner asks for the same paths again and again
@@ -130,7 +139,7 @@ def targeted(shape: ModelShape, wanted: str, rank: int, ranks: Mapping[str, int]
     from edgelora.adapters.initialize import from_pattern
     from edgelora.adapters.inject import choose_targets
 
-    paths = choose_targets([path for path, _, _ in shape.linears], wanted)
+    paths = choose_targets([path for path, _, _ in shape.linears], wanted, shape.convolutions)
     return tuple((path, from_pattern(ranks or {}, path, rank)) for path in paths)
 
 

@@ -132,7 +132,7 @@ class Task(ABC):
 
     def inputs(self, config: Mapping[str, Any], accepted: Collection[str]) -> tuple[GraphTensor, ...]:
         """Return the graph's inputs for a network of this config.json whose forward takes the parameters `accepted`."""
-        raise NotImplementedError(f"{self.name} has no traced graph")
+        raise AssertionError(f"{self.name} has no traced graph")
 
     @abstractmethod
     def encode(self, row: Row, processor: Any, labels: Sequence[str]) -> Example:
@@ -156,10 +156,10 @@ class Task(ABC):
         """Return the label of a row, which stratifies the validation split; None where the task has none."""
         return None
 
-    def trial_rows(self, processor: Any) -> list[Row]:
-        """Return rows of several lengths, without labels, that an exported graph is compared with torch on."""
+    def trial_examples(self, processor: Any) -> list[Example]:
+        """Return examples of several lengths, without labels, that an exported graph is compared with torch on."""
         texts = [part for text in TRIAL_TEXTS for part in (text, text[: len(text) // 2], text[len(text) // 2 :])]
-        return [{self.answered: text} for text in texts]
+        return [self.encode({self.answered: text}, processor, []) for text in texts]
 
     @abstractmethod
     def collate(self, examples: Sequence[Example], processor: Any) -> dict[str, NDArray[Any]]:
@@ -190,7 +190,7 @@ class Task(ABC):
         self, outputs: Mapping[str, NDArray[Any]], row: Row, example: Example, processor: Any, labels: Sequence[str]
     ) -> Any:
         """Return the answer to a row as JSON has it, from its outputs of one example (without padding cut off)."""
-        raise NotImplementedError(f"{self.name} has no outputs to decode")
+        raise AssertionError(f"{self.name} has no outputs to decode")
 
     def answer_text(self, answer: Any) -> str:
         """Return what people see of an answer that `decode` gave, without a line's end."""

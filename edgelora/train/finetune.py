@@ -226,7 +226,7 @@ class Training:
             base=self.run.model["reference"],
             task_type=peft_format.TASK_TYPES.get(self.task.auto_class),
         )
-        peft_format.save(adapter, self.out, paths=list(self.model.linears()))
+        peft_format.save(adapter, self.out, paths=inject.adaptable(self.model))
         on_grid.save_rounded(self.model, self.out)
 
     def apply_kept(self) -> None:

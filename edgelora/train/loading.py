@@ -95,7 +95,7 @@ def load(source: ModelSource, run: Run, stages: Stages) -> Model:
         network = load_model(
             source, run.task, base_bits=plan.base_bits, labels=run.labels, streamed=plan.stream, bits=bits
         )  # fmt: skip
-        targets = target_modules(list(network.linears()), config, run.task)
+        targets = target_modules(inject.adaptable(network), config, run.task, inject.frozen_convolutions(network))
         if scales_grid.trains_scales(config):
             scales.attach(network, targets)
         else:
@@ -108,7 +108,7 @@ def round_as_shipped(network: Model, run: Run) -> Run:
     if scales_grid.trains_scales(run.settings):
         codes = run.grid.get("codes") or scales_grid.code_digests(network)
         return dataclasses.replace(run, grid={**run.grid, "codes": codes})
-    if not on_grid.applies(run.settings, run.plan.base_bits):
+    if not on_grid.applies(run.settings, run.plan.base_bits) or not network.linears():
         return run
     run = dataclasses.replace(run, grid=run.grid or on_grid.choose_grid(network, run.settings))
     inject.put_on_grid(network, run.grid)

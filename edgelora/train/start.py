@@ -59,7 +59,10 @@ def start_on_grid(model: Model, run: Run, out: Path) -> None:
 
 def few(batches: Sequence[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     """Return every n-th batch, so that there are about MOST_TOKENS: rows of all lengths, for batches are in their order."""
-    tokens = sum(max(batch[name].numel() for name in ("ids", "input_ids") if name in batch) for batch in batches)
+    tokens = sum(
+        max((batch[name].numel() for name in ("ids", "input_ids") if name in batch), default=len(next(iter(batch.values()))))
+        for batch in batches
+    )
     return list(batches[:: max(1, round(tokens / MOST_TOKENS))])
 
 
@@ -85,7 +88,7 @@ def begin(model: Model, grid: dict[str, Any], folder: Path, rows: Callable[[], S
 
 def below(model: Model, grid: dict[str, Any]) -> set[str]:
     """Return the paths of the adapted layers that are rounded to less than 8 bits."""
-    return {path for path in adapters(model) if int(grid["bits"][path]) < START_BITS}
+    return {path for path in adapters(model) if int(grid["bits"].get(path, START_BITS)) < START_BITS}
 
 
 @torch.no_grad()

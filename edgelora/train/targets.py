@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING
 
 from edgelora.adapters.inject import choose_targets
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from edgelora.config import FinetuneConfig
 
 
-def target_modules(paths: Sequence[str], config: FinetuneConfig, task: str) -> str:
+def target_modules(paths: Sequence[str], config: FinetuneConfig, task: str, convolutions: Container[str] = ()) -> str:
     """Return what names the target layers among a model's linear layers: the setting itself, or with `last_layers` paths.
 
     Raises SettingsError for names that match nothing and for more layers than there are.
@@ -29,7 +29,7 @@ def target_modules(paths: Sequence[str], config: FinetuneConfig, task: str) -> s
     first = next(i for i, layer in enumerate(layers) if layer == count - config.last_layers)
     # What has no number and comes after the layers, as a pooler does, is above them.
     last = set(paths[first:])
-    chosen = [path for path in choose_targets(paths, wanted) if path in last]
+    chosen = [path for path in choose_targets(paths, wanted, convolutions) if path in last]
     if not chosen:
         raise SettingsError(f"none of the target modules {wanted} is in the last {config.last_layers} layers")
     return ",".join(chosen)

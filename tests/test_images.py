@@ -1,0 +1,88 @@
+"""Pictures as networks read them, against transformers' own processors with Pillow; wrong and unusual files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from tolerances import PIXELS
+
+from edgelora.errors import DataError, ModelError
+from edgelora.images import ImageProcessor, open_picture
+
+PROCESSORS: dict[str, tuple[str, dict[str, Any]]] = {
+    "vit": ("vit.image_processing_pil_vit:ViTImageProcessorPil", {"size": {"height": 24, "width": 24}}),
+    "deit": ("deit.image_processing_pil_deit:DeiTImageProcessorPil",
+             {"size": {"height": 30, "width": 30}, "crop_size": {"height": 24, "width": 24}}),
+    "convnext": ("convnext.image_processing_pil_convnext:ConvNextImageProcessorPil", {"size": {"shortest_edge": 24}}),
+    "convnext_large": ("convnext.image_processing_pil_convnext:ConvNextImageProcessorPil", {"size": {"shortest_edge": 384}}),
+    "mobilenet": ("mobilenet_v2.image_processing_pil_mobilenet_v2:MobileNetV2ImageProcessorPil",
+                  {"size": {"shortest_edge": 26}, "crop_size": {"height": 24, "width": 32}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_pixels_equal_transformers(name: str, tmp_path: Path) -> None:
+    import importlib
+
+    where, settings = PROCESSORS[name]
+    module, _, attribute = where.partition(":")
+    theirs = getattr(importlib.import_module(f"transformers.models.{module}"), attribute)(**settings)
+    theirs.save_pretrained(tmp_path)
+    ours = ImageProcessor.from_folder(tmp_path)
+    random = np.random.default_rng(0)
+    for shape in ((40, 57, 3), (57, 31, 3), (20, 20, 3)):
+        picture = Image.fromarray(random.integers(0, 256, shape).astype(np.uint8))
+        wanted = np.asarray(theirs(picture, return_tensors="np")["pixel_values"][0])
+        np.testing.assert_allclose(ours.normalize(ours.pixels(picture)), wanted, **PIXELS)
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "CMYK", "LA", "I;16"])
+def test_every_kind_of_picture_becomes_rgb(mode: str, tmp_path: Path) -> None:
+    if mode == "I;16":
+        picture = Image.fromarray(np.full((10, 12), 0x8000, np.uint16))
+    else:
+        picture = Image.new("RGB", (12, 10), (128, 128, 128)).convert(mode)
+    picture.save(tmp_path / ("x.tiff" if mode in ("CMYK", "I;16") else "x.png"))
+    found = open_picture(next(tmp_path.iterdir()))
+    assert (found.mode, found.size) == ("RGB", (12, 10))
+    if mode == "I;16":
+        assert np.asarray(found)[0, 0].tolist() == [128, 128, 128]
+
+
+def test_exif_rotation_is_followed(tmp_path: Path) -> None:
+    picture = Image.new("RGB", (12, 10), "white")
+    picture.paste("black", (0, 0, 6, 10))  # its left half
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees clockwise
+    picture.save(tmp_path / "x.png", exif=exif)
+    found = open_picture(tmp_path / "x.png")
+    assert found.size == (10, 12)
+    assert np.asarray(found)[0, 0].tolist() == [0, 0, 0]
+    assert np.asarray(found)[-1, -1].tolist() == [255, 255, 255]
+
+
+def test_files_that_are_no_pictures_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "text.png").write_text("hello")
+    with pytest.raises(DataError, match=r"text.png cannot be read: it is no picture that Pillow reads"):
+        open_picture(tmp_path / "text.png")
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:100])
+    with pytest.raises(DataError, match=r"cut.png cannot be read: "):
+        open_picture(tmp_path / "cut.png")
+    with pytest.raises(DataError, match="does not exist"):
+        open_picture(tmp_path / "none.png")
+    monkeypatch.setattr("edgelora.images.MOST_PIXELS", 1000)
+    with pytest.raises(DataError, match=r"whole.png has 64 × 64 pixels"):
+        open_picture(tmp_path / "whole.png")
+
+
+def test_a_folder_without_a_usable_processor_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"has no preprocessor_config.json"):
+        ImageProcessor.from_folder(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"size": "large"}')
+    with pytest.raises(ModelError, match="cannot be used"):
+        ImageProcessor.from_folder(tmp_path)
