@@ -23,8 +23,8 @@ STREAMED_BLOCKS = 3  # the one in use, the one read ahead, and the one that is b
 
 # Fitted to runs of SmolLM2 and MiniLM: what torch's kernels, threads and allocator take beyond the tensors themselves.
 WARM_KERNELS = 75 << 20
-# What freed blocks leave between those in use, in the C allocator's heap; what is kept in bf16 is apart (models/slab.py). SmolLM2
-# in 13 settings took 0.9 to 1.1 times what kept_values says: more only with rows of many lengths, which GROWTH is for.
+# What freed blocks leave between those in use, in the C allocator's heap; what is kept in bf16 is apart (models/slab.py).
+# SmolLM2 in 13 settings took 0.9 to 1.1 times what kept_values says: more only with rows of many lengths, which GROWTH is for.
 ALLOCATOR = {32: 1.1, 16: 1.1}
 ENCODER_ALLOCATOR = 1.2  # fitted to four settings of MiniLM, GROWTH counted apart
 ROUNDING = 32 << 20  # what the temporaries of rounding leave in the heap where training is on the grid
