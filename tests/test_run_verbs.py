@@ -68,7 +68,7 @@ def test_classify_gives_every_label_sorted(classifier_bundle: Path) -> None:
 def test_a_bundle_is_asked_for_what_it_does(decoder_bundle: Path, classifier_bundle: Path) -> None:
     with pytest.raises(UserError) as caught:
         edgelora.load(classifier_bundle).generate("x")
-    assert caught.value.message == f"{classifier_bundle} is a text-classification bundle: it classifies, it writes no text"
+    assert caught.value.message == f"{classifier_bundle} is a text-classification bundle: it writes no text"
     with pytest.raises(UserError) as caught:
         edgelora.load(decoder_bundle).classify(["x"])
     assert caught.value.message == f"{decoder_bundle} is a text-generation bundle: it writes text, it has no labels"

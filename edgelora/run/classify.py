@@ -61,8 +61,8 @@ class Classifier:
         """Return for each text, pair or path all labels with their probability; what exceeds the model's length is cut."""
         if not isinstance(self.task, Classification):
             raise UserError(f"{self.bundle.folder} is a {self.task.name} bundle: it has no labels for a whole input")
-        logits = self.logits([self.encode(given) for given in inputs], batch_size=batch_size)
-        return [ranked(row, self.labels) for row in logits]
+        examples = [self.encode(given) for given in inputs]
+        return [ranked(row["logits"], self.labels) for row in self.outputs(examples, batch_size=batch_size)]
 
     def encode(self, given: str | tuple[str, str]) -> Example:
         """Return a text, a pair or a path as the model reads it."""
