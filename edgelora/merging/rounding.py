@@ -59,12 +59,13 @@ def round_model(
         calls = walk.calls(index)
         for path in inside:
             put(model, path, weight(path))
-        for group in same_inputs(block, calls[0]):
+        layers = {module.path: module for module in block.modules() if isinstance(module, FrozenLinear)}
+        for group in same_inputs(block, calls[0], layers):
             paths = [path for path in group if path in inside]
             if not paths:
                 continue
             moments = Moments(weight(paths[0]).shape[1])
-            see_inputs(block, calls, paths[0], moments.add)
+            see_inputs(block, calls, layers[paths[0]], moments.add)
             for path, results in round_group(paths, weight, moments, choices, method):
                 put(model, path, results[0].tensor)
                 yield results

@@ -5,18 +5,18 @@ This is what rounding layer by layer needs: a layer sees what the layers that ar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from edgelora.models.attention import Context
 from edgelora.models.decoder import Decoder, positions_of
-from edgelora.models.linear import FrozenLinear
 from edgelora.models.network import Network
 
+Layer = TypeVar("Layer", bound=nn.Module)
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -95,11 +95,11 @@ def walk_through(model: Decoder | Network, batches: Sequence[dict[str, Tensor]])
 
 
 @torch.no_grad()
-def same_inputs(block: nn.Module, call: Call) -> list[list[str]]:
-    """Return the paths of the block's linear layers in the order of their computation, those with one input together."""
-    layers = [module for module in block.modules() if isinstance(module, FrozenLinear)]
+def same_inputs(block: nn.Module, call: Call, layers: Mapping[str, nn.Module]) -> list[list[str]]:
+    """Return the paths of a block's `layers` in the order of their computation, those with one input together."""
+    paths = {id(layer): path for path, layer in layers.items()}
     seen: list[tuple[str, Tensor]] = []
-    with listening(layers, lambda layer, x: seen.append((layer.path, x))):
+    with listening(list(layers.values()), lambda layer, x: seen.append((paths[id(layer)], x))):
         block(*call[0], **call[1])
     groups: list[list[str]] = []
     last: Tensor | None = None
@@ -113,25 +113,23 @@ def same_inputs(block: nn.Module, call: Call) -> list[list[str]]:
 
 
 @torch.no_grad()
-def see_inputs(block: nn.Module, calls: Sequence[Call], path: str, see: Callable[[Tensor], object]) -> None:
-    """Let `see` have the inputs of the layer at `path` for every batch; what comes after the layer is not computed."""
+def see_inputs(block: nn.Module, calls: Sequence[Call], layer: nn.Module, see: Callable[[Tensor], object]) -> None:
+    """Let `see` have a layer's inputs for every batch; what comes after the layer is not computed."""
 
-    def stop(_: FrozenLinear, x: Tensor) -> None:
+    def stop(_: nn.Module, x: Tensor) -> None:
         see(x)
         raise _Stop
 
-    layers = [module for module in block.modules() if isinstance(module, FrozenLinear) and module.path == path]
-    with listening(layers, stop):
+    with listening([layer], stop):
         for call in calls:
             _until_stop(block, call)
 
 
 @contextmanager
-def listening(layers: Sequence[FrozenLinear], see: Callable[[FrozenLinear, Tensor], object]) -> Iterator[None]:
+def listening(layers: Sequence[Layer], see: Callable[[Layer, Tensor], object]) -> Iterator[None]:
     """Let `see` have each layer's input before the layer is computed."""
 
-    def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        assert isinstance(layer, FrozenLinear)
+    def hook(layer: Any, args: tuple[Tensor, ...]) -> None:
         see(layer, args[0])
 
     hooks = [layer.register_forward_pre_hook(hook) for layer in layers]

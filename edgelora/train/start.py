@@ -7,17 +7,16 @@ Layer by layer, each seeing what the rounded ones before it make of the rows. Th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from edgelora import console
 from edgelora.adapters.inject import adapters
 from edgelora.merging import calibration
-from edgelora.models.walk import Call, walk_through
+from edgelora.models.walk import same_inputs, see_inputs, walk_through
 from edgelora.models.weights import file_entries, read_entry
 from edgelora.planning import costs
 from edgelora.quant.calibrate import Moments
@@ -38,10 +37,6 @@ CALIBRATED = "calibrated"
 START_BITS = 8
 MOST_TOKENS = 6144  # with as many, SmolLM2 untrained loses nothing by rounding on held-out rows; more take longer
 HESSIANS = 4  # of a layer's size in memory at once: the sums, the damped ones, two factors
-
-
-class _Stop(Exception):
-    """Ends a forward pass of which nothing more is wanted."""
 
 
 def start_on_grid(model: Model, run: Run, out: Path) -> None:
@@ -118,53 +113,6 @@ def compensate(
                         yield path, tensor
                     bar.update(1)
             wanted -= set(layers)
-
-
-def same_inputs(block: nn.Module, call: Call, layers: dict[str, nn.Module]) -> list[list[str]]:
-    """Return the paths of a block's layers in the order of their computation, those with one input together."""
-    seen: list[tuple[str, Tensor]] = []
-    paths = {id(layer): path for path, layer in layers.items()}
-    with listening(list(layers.values()), lambda layer, x: seen.append((paths[id(layer)], x))):
-        block(*call[0], **call[1])
-    groups: list[list[str]] = []
-    last: Tensor | None = None
-    for path, x in seen:
-        if last is not None and x.data_ptr() == last.data_ptr() and x.shape == last.shape:
-            groups[-1].append(path)
-        else:
-            groups.append([path])
-        last = x
-    return groups
-
-
-def see_inputs(block: nn.Module, calls: Sequence[Call], layer: nn.Module, see: Callable[[Tensor], object]) -> None:
-    """Let `see` have a layer's inputs for every batch; what comes after the layer is not computed."""
-
-    def stop(_: nn.Module, x: Tensor) -> None:
-        see(x)
-        raise _Stop
-
-    with listening([layer], stop):
-        for args, kwargs in calls:
-            try:
-                block(*args, **kwargs)
-            except _Stop:
-                continue
-
-
-@contextmanager
-def listening(layers: Sequence[nn.Module], see: Callable[[nn.Module, Tensor], object]) -> Iterator[None]:
-    """Let `see` have each layer's input before the layer is computed."""
-
-    def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-        see(layer, args[0])
-
-    hooks = [layer.register_forward_pre_hook(hook) for layer in layers]
-    try:
-        yield
-    finally:
-        for handle in hooks:
-            handle.remove()
 
 
 def write(path: Path, tensors: dict[str, QuantizedTensor]) -> None:
