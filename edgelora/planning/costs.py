@@ -28,7 +28,7 @@ WARM_KERNELS = 75 << 20
 ALLOCATOR = {32: 1.1, 16: 1.1}
 ENCODER_ALLOCATOR = 1.2  # fitted to four settings of MiniLM, GROWTH counted apart
 ROUNDING = 32 << 20  # what the temporaries of rounding leave in the heap where training is on the grid
-GROWTH = 40 << 20  # of the heap over the first steps: pieces of other lengths leave other holes
+GROWTH = 28 << 20  # of the heap over the first steps: pieces of other lengths leave other holes
 GROWING = "growth of the heap"  # the part that a probe cannot see
 ENCODER_MODULES = 150 << 20  # transformers' modelling code, imported for encoders only
 
