@@ -10,7 +10,7 @@ from training_bench.results import Record
 from edgelora import console
 from edgelora.config import FinetuneConfig
 from merge_bench import e2e, verdict
-from merge_bench.bench import Bench, StepFailed, attempt
+from merge_bench.bench import Bench, attempt
 
 
 def precisions() -> list[str]:
@@ -21,12 +21,10 @@ def precisions() -> list[str]:
 
 def measure(bench: Bench, csv_file: Path) -> list[Record]:
     """Train, export, score and time a bundle of each precision; return the rows of the table."""
-    rows = e2e.Rows.prepare(bench, csv_file)
-    try:
-        reference = e2e.refer(bench, rows, None)
-    except StepFailed as failure:
-        console.warn(f"bits: {failure}")
+    begun = e2e.begin("bits", bench, csv_file)
+    if begun is None:
         return []
+    rows, reference = begun
     table: list[Record] = [
         {"what": "base, fp32", "loss": reference.base},
         {"what": "fp32 adapter", "loss": reference.adapter},

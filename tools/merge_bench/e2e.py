@@ -62,12 +62,10 @@ class Reference:
 
 def measure(bench: Bench, csv_file: Path, adapter: Path | None) -> list[Record]:
     """Measure everything; return the rows of the table."""
-    rows = Rows.prepare(bench, csv_file)
-    try:
-        reference = refer(bench, rows, adapter)
-    except StepFailed as failure:
-        console.warn(f"e2e: {failure}")
+    begun = begin("e2e", bench, csv_file, adapter)
+    if begun is None:
         return []
+    rows, reference = begun
     table: list[Record] = [
         {"what": "base, fp32", "loss": reference.base},
         {"what": "fp32 adapter", "loss": reference.adapter, "MB": folder_mb(reference.merged, "*.safetensors")},
@@ -80,6 +78,16 @@ def measure(bench: Bench, csv_file: Path, adapter: Path | None) -> list[Record]:
     console.table(f"SmolLM2, E2E rows, {bench.setup}: loss of {bench.rows} held-out rows", table)
     console.table("Required", required)
     return table
+
+
+def begin(part: str, bench: Bench, csv_file: Path, adapter: Path | None = None) -> tuple[Rows, Reference] | None:
+    """Return the rows of a part and what its bundles are measured by; None, and a word why, where that cannot be had."""
+    rows = Rows.prepare(bench, csv_file)
+    try:
+        return rows, refer(bench, rows, adapter)
+    except StepFailed as failure:
+        console.warn(f"{part}: {failure}")
+        return None
 
 
 def refer(bench: Bench, rows: Rows, adapter: Path | None) -> Reference:

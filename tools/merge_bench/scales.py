@@ -16,7 +16,7 @@ from training_bench.results import Record
 
 from edgelora import console
 from merge_bench import e2e, score, verdict
-from merge_bench.bench import Bench, StepFailed, attempt, folder_mb
+from merge_bench.bench import Bench, attempt, folder_mb
 
 COMPARED_ROWS = 16
 NAME = "scales"  # of the adapter on the base bundle
@@ -25,12 +25,10 @@ SCALES, DELTA = "EdgeLoRA scales-only, int4 bundle", "base bundle + delta"
 
 def measure(bench: Bench, csv_file: Path) -> list[Record]:
     """Train the scales; return the rows of the table, beside the adapters of fp32 and int4."""
-    rows = e2e.Rows.prepare(bench, csv_file)
-    try:
-        reference = e2e.refer(bench, rows, None)
-    except StepFailed as failure:
-        console.warn(f"scales: {failure}")
+    begun = e2e.begin("scales", bench, csv_file)
+    if begun is None:
         return []
+    rows, reference = begun
     table: list[Record] = [
         {"what": "base, fp32", "loss": reference.base},
         {"what": "fp32 adapter", "loss": reference.adapter, "training MB": peak(bench, "run-fp32")},
