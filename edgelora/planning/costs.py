@@ -28,7 +28,8 @@ WARM_KERNELS = 75 << 20
 ALLOCATOR = {32: 1.1, 16: 1.1}
 ENCODER_ALLOCATOR = 1.2  # fitted to four settings of MiniLM, GROWTH counted apart
 ROUNDING = 32 << 20  # what the temporaries of rounding leave in the heap where training is on the grid
-GROWTH = 28 << 20  # of the heap over the first steps: pieces of other lengths leave other holes
+GROWTH = 20 << 20  # of the heap over the first steps
+HOLES, HOLES_SHARE = 20 << 20, 0.04  # pieces of other lengths leave other holes: a share of what is kept in the heap, in fp32
 GROWING = "growth of the heap"  # the part that a probe cannot see
 ENCODER_MODULES = 150 << 20  # transformers' modelling code, imported for encoders only
 
@@ -97,17 +98,17 @@ def memory_parts(
     """
     found = correction or Correction()
     trained = trained_bytes(shape, settings)
-    kept = activation_bytes(shape, settings, piece)
-    buffer = unpack_bytes(shape, settings)
+    kept = round(found.activations * heap_factor(shape, settings) * activation_bytes(shape, settings, piece))
+    holes = HOLES + round(HOLES_SHARE * kept * (settings.keep_bits == 32)) if piece.joined else 0
     parts = {
         "interpreter and libraries": process + WARM_KERNELS + (ENCODER_MODULES if shape.encoder else 0) + found.fixed,
         "base weights": resident_base_bytes(shape, settings),
         "adapters and optimizer": trained,
         "rounded weights": rounded_bytes(shape, settings),
-        "activations": round(found.activations * heap_factor(shape, settings) * kept),
-        "unpacking buffer": buffer,
+        "activations": kept,
+        "unpacking buffer": unpack_bytes(shape, settings),
     }
-    return {**parts, GROWING: GROWTH}
+    return {**parts, GROWING: GROWTH + holes}
 
 
 def heap_factor(shape: ModelShape, settings: Settings) -> float:

@@ -82,7 +82,12 @@ def piece_seconds(shape: ModelShape, settings: Settings, tokens: float, supervis
 def step_seconds(shape: ModelShape, settings: Settings) -> float:
     """Return the seconds of a step that do not depend on its rows: the update, and rounding where training is on the grid."""
     rounding = ROUNDING * costs.adapted_weights(shape, settings) if settings.grid_bits else 0.0
-    return rounding + OPTIMIZER[settings.optimizer_bits] * costs.adapter_weights(shape, settings)
+    return rounding + update_seconds(shape, settings)
+
+
+def update_seconds(shape: ModelShape, settings: Settings) -> float:
+    """Return the seconds of clipping and the optimizer's step."""
+    return OPTIMIZER[settings.optimizer_bits] * costs.adapter_weights(shape, settings)
 
 
 def training_seconds(shape: ModelShape, settings: Settings, load: Load) -> float:

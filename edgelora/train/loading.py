@@ -69,18 +69,25 @@ def load_planned(
         run = Run(facts, data, prepared.task, prepared.labels, config, plan, grid)
         network = load(source, run, stages)
         run = round_as_shipped(network, run)
-        network.keeping = plan.keeping(folder)
+        settle = functools.partial(keep_as_planned, network, folder)
+        settle(plan)
         if tried:
             return run, network
         tried = plan
         with stages.time("probe"):
             task = get_task(run.task)
             collate = functools.partial(task.collate, processor=task.open_processor(source.folder))
-            planner, plan, choice = probe.refine(planner, choice, Probe(network, task, collate, prepared.store("train")))
+            tries = Probe(network, task, collate, prepared.store("train"), settle)
+            planner, plan, choice = probe.refine(planner, choice, tries)
         if (plan.base_bits, plan.stream) == (tried.base_bits, tried.stream):
-            network.keeping = plan.keeping(folder)
+            settle(plan)
             return dataclasses.replace(run, plan=plan), network
         del network
+
+
+def keep_as_planned(network: Model, folder: Path, plan: Plan) -> None:
+    """Let the model keep for backward what the plan says; a scratch file would be in `folder`."""
+    network.keeping = plan.keeping(folder)
 
 
 def load(source: ModelSource, run: Run, stages: Stages) -> Model:

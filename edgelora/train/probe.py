@@ -1,8 +1,9 @@
 """The probe: parts of a step on the loaded model, measured, before the first step; they correct the plan.
 
-The largest piece of the schedule is computed, forward and backward, with a quarter of its rows (or of its tokens) and with half
-of them. Gradients are thrown away and the random state is put back: the run's weights are those of a run without a probe. The
-formulas of costs.py and speed.py give how memory and time go on from there to the whole piece.
+First the largest piece of the schedule is computed, forward and backward, with a quarter of its rows (or of its tokens) and
+with half of them: the formulas of costs.py say how memory goes on from there. Where the plan that follows fits, it is
+rehearsed: half of its largest piece and the whole of it are measured as they will be in training. Gradients are thrown away
+and the random state is put back: the run's weights are those of a run without a probe.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from edgelora import console, hardware, memory
+from edgelora.adapters import inject
+from edgelora.models import slab
 from edgelora.models.predictor import to_tensors
 from edgelora.planning import costs, speed
 from edgelora.planning.costs import Correction, Piece
@@ -33,7 +36,11 @@ if TYPE_CHECKING:
     from edgelora.tasks.base import Task
 
 MB = 1 << 20
-SHARES = (0.25, 0.5)  # of the largest piece
+FIRST_SHARES, WHOLE = (0.25, 0.5), (0.5, 1.0)  # of the largest piece
+REHEARSALS = 2
+ROUNDED = 14  # layers that are rounded for their time
+LONG = 3.0  # seconds from which a pass is not made again for its time: what disturbs it is small beside it
+CROWDED = 1.5  # times what is resident: a memory limit below makes the system drop pages that are in use
 CLEAR = 24 * MB  # a difference in memory that is more than noise
 PATIENCE = 0.001  # seconds between two looks at the memory
 
@@ -55,31 +62,51 @@ class Probe:
     task: Task
     collate: Collate
     store: Store
+    settle: Callable[[Plan], None] = lambda plan: None  # lets the model keep for backward what a plan says
 
-    def measure(self, rows: Sequence[int], *, accumulate: bool) -> list[Measured]:
-        """Compute the parts SHARES of a piece twice: first its memory is watched, then it is timed, for who watches disturbs.
+    def measure(self, rows: Sequence[int], shares: Sequence[float], *, accumulate: bool, timed: bool) -> list[Measured]:
+        """Compute parts of a piece while their memory is watched, and then, with `timed`, for their time: who watches disturbs.
 
         With `accumulate`, gradients of a part stay while the next is computed, as they do in a step of several pieces.
         """
         examples = [self.store[row] for row in rows]
-        memory.trim()  # what loading has left in the heap would hide what the parts take
         random, training = torch.get_rng_state(), self.model.training
         self.model.train()
-        found = []
+        parts = [shortened(examples, share) for share in shares]
         try:
-            for watched in (True, False):
-                for share in SHARES:
-                    found.append(self._part(shortened(examples, share), watched=watched))
-                    if not accumulate:
-                        self._forget()
+            found = [self._part(part, watched=True, keep=accumulate) for part in parts]
+            for index, part in enumerate(parts):
+                if timed and found[index].seconds < LONG:
+                    again = self._part(self.as_new(part), watched=False, keep=accumulate)
+                    found[index] = dataclasses.replace(found[index], seconds=again.seconds)
         finally:
             self._forget()
             self.model.train(training)
             torch.set_rng_state(random)
-        half = len(SHARES)
-        return [Measured(a.piece, b.seconds, a.peak) for a, b in zip(found[:half], found[half:], strict=True)]
+        return found
 
-    def _part(self, examples: list[Example], *, watched: bool) -> Measured:
+    def as_new(self, examples: list[Example]) -> list[Example]:
+        """Return rows of another length, where lengths vary: in training too, products are compiled for nearly every step."""
+        lengths = self.store.lengths
+        if int(lengths.min()) == int(lengths.max()) or len(examples[-1]) < 4 or "ids" not in examples[-1].arrays:
+            return examples
+        return [*examples[:-1], _tail(examples[-1], len(examples[-1]) - 1)]
+
+    def rounding(self) -> float:
+        """Return the seconds of rounding all adapted layers, as every step does where training is on the grid: some of them are
+        rounded, for all at once would bring a streamed model into memory."""
+        found = [adapter for adapter in inject.adapters(self.model).values() if adapter.grid is not None]
+        some = found[:ROUNDED]
+        for _ in range(2):  # the first is not counted
+            started = time.perf_counter()
+            for adapter in some:
+                with torch.no_grad():
+                    adapter.lora_B.mul_(1.0)  # the same bits, counted as a change
+                adapter.rounded()
+        weights = [sum(adapter.out_features * adapter.in_features for adapter in part) for part in (found, some)]
+        return (time.perf_counter() - started) * weights[0] / max(1, weights[1])
+
+    def _part(self, examples: list[Example], *, watched: bool, keep: bool) -> Measured:
         batch = to_tensors(self.collate(examples))
         counted = 0
 
@@ -89,12 +116,17 @@ class Probe:
             if loss.requires_grad:
                 loss.backward()  # type: ignore[no-untyped-call]  # torch has no types here
 
+        if watched:  # what others have left in the heap would hide what this part takes
+            slab.release()
+            memory.trim()
         started, peak = time.perf_counter(), 0
         if watched:
             peak = peak_of(work)
         else:
             work()
         seconds = time.perf_counter() - started
+        if not keep:
+            self._forget()
         lengths = [len(example) for example in examples]
         padded = "starts" not in batch  # packed rows have no padding
         piece = piece_of(lengths, 1.0, padded=padded)
@@ -145,44 +177,69 @@ def refine(planner: Planner, choice: Choice, probe: Probe) -> tuple[Planner, Pla
 
     Raises MachineError when nothing fits.
     """
-    work, rows = planner.situation.work, choice.settings.micro_batch
-    several = work.loads[rows].pieces > work.steps
-    planner = planner.corrected(*correct(planner, choice, probe.measure(work.rows[rows], accumulate=several)))
+    loaded = (choice.settings.base_bits, choice.settings.stream)
+    found = probe.measure(rows_of(planner, choice), FIRST_SHARES, accumulate=accumulates(planner, choice), timed=False)
+    planner = planner.corrected(correct(planner, choice, found), planner.rate)
     plan, better = planner.again(choice)
+    for _ in range(REHEARSALS):
+        if (better.settings.base_bits, better.settings.stream) != loaded:
+            break  # the model is loaded again, and probed again
+        probe.settle(plan)
+        found = probe.measure(rows_of(planner, better), WHOLE, accumulate=accumulates(planner, better), timed=True)
+        rate = pace(planner, better, found, probe.rounding() if better.settings.grid_bits else 0.0)
+        planner = planner.corrected(correct(planner, better, found, whole=True), rate)
+        rehearsed = better.settings
+        plan, better = planner.again(better)
+        if better.settings == rehearsed:
+            break
     if better.settings != choice.settings:
         console.say("the probe of the loaded model corrects the plan")
     return planner, plan, better
 
 
-def correct(planner: Planner, choice: Choice, found: Sequence[Measured]) -> tuple[Correction, float]:
-    """Return what the measurements say of memory, and the seconds of this machine for one of the reference machine.
+def rows_of(planner: Planner, choice: Choice) -> Sequence[int]:
+    """Return the rows of the largest piece."""
+    return planner.situation.work.rows[choice.settings.micro_batch]
+
+
+def accumulates(planner: Planner, choice: Choice) -> bool:
+    """Tell whether a step has several pieces."""
+    work = planner.situation.work
+    return work.loads[choice.settings.micro_batch].pieces > work.steps
+
+
+def correct(planner: Planner, choice: Choice, found: Sequence[Measured], *, whole: bool = False) -> Correction:
+    """Return what the measurements say of memory.
 
     Memory of a part is F + a·A, A the formulas' bytes of its activations: a from the difference of the two parts, where that
-    is more than noise, F from the larger part.
+    is more than noise, F from the larger part. `whole`: that is the whole piece, so F + a·A is what was measured.
     """
     shape, settings = planner.situation.shape, choice.settings
-    small, large = found[-2], found[-1]
+    small, large = found
     heap = costs.heap_factor(shape, settings)
     kept = [heap * costs.activation_bytes(shape, settings, part.piece) for part in (small, large)]
     slope = 1.0
     if kept[1] - kept[0] > CLEAR:
-        slope = min(1.5, max(0.9, (large.peak - small.peak) / (kept[1] - kept[0])))
+        slope = min(1.5, max(0.6 if whole else 0.9, (large.peak - small.peak) / (kept[1] - kept[0])))
     # The formulas' parts without activations, as they are while the probe runs: the optimizer has no moments yet.
     resident = sum(size for name, size in choice.parts.items() if name not in ("activations", costs.GROWING))
     resident -= costs.moment_bytes(shape, settings) + planner.situation.correction.fixed
-    # Never less than the formulas: a heap has no holes yet, and in a memory cgroup less may be resident than is needed.
-    fixed = max(0, large.peak - round(slope * kept[1]) - resident)
-    return Correction(fixed, slope), pace(planner, choice, small, large)
+    fixed = large.peak - round(slope * kept[1]) - resident
+    # A part of a piece says too little for less than the formulas; in a tight memory cgroup less is resident than is needed.
+    crowded = hardware.memory_limit() < CROWDED * large.peak
+    return Correction(fixed if whole and not crowded else max(0, fixed), slope)
 
 
-def pace(planner: Planner, choice: Choice, small: Measured, large: Measured) -> float:
-    """Return measured seconds over the formulas', at the tokens that the run's pieces have on average."""
+def pace(planner: Planner, choice: Choice, found: Sequence[Measured], rounding: float) -> float:
+    """Return measured seconds of the run over the formulas': of its pieces, at the tokens that they have on average, and of
+    `rounding` in every step."""
     shape, settings = planner.situation.shape, choice.settings
-    ratios = [
-        part.seconds / speed.piece_seconds(shape, settings, part.piece.tokens, part.piece.supervised) for part in (small, large)
-    ]
+    small, large = found
+    ratios = [part.seconds / speed.piece_seconds(shape, settings, part.piece.tokens, part.piece.supervised) for part in found]
     load = planner.situation.work.loads[settings.micro_batch]
     span = large.piece.tokens - small.piece.tokens
     place = (load.tokens / max(1, load.pieces) - small.piece.tokens) / span if span > 0 else 1.0
-    place = min(1.0, max(0.0, place))
-    return ratios[0] + (ratios[1] - ratios[0]) * place
+    ratio = ratios[0] + (ratios[1] - ratios[0]) * min(1.0, max(0.0, place))
+    steps = load.steps * speed.step_seconds(shape, settings)
+    updates = load.steps * (rounding + speed.update_seconds(shape, settings))
+    return (ratio * (choice.seconds - steps) + updates) / choice.seconds
