@@ -48,7 +48,7 @@ class HeldOut:
 
     def score(self, predictor: TorchPredictor, reference: Reference | None = None, *, generate: bool = False) -> Scored:
         """Score a torch model, and compare it with the reference if there is one."""
-        watched = Watched(predictor)
+        watched = Watched(predictor, self.task)
         metrics = self.evaluate(watched, generate=generate)
         said = watched.reference()
         return Scored(metrics if reference is None else metrics | said.agreement(reference).figures(), said)
@@ -57,7 +57,7 @@ class HeldOut:
         """Score a bundle, and compare it with the reference if there is one."""
         if reference is None:
             return self.evaluate(predictor, generate=generate)
-        watched = WatchedBundle(predictor, reference)
+        watched = WatchedBundle(predictor, reference, self.task)
         return self.evaluate(watched, generate=generate) | watched.found.figures()
 
     def evaluate(self, predictor: Predictor, *, generate: bool) -> Metrics:

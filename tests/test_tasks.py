@@ -184,7 +184,7 @@ def test_json_equal_is_absent_without_json() -> None:
 
 def test_labels_have_one_order() -> None:
     def labels(*values: Any) -> list[str]:
-        return CLASSIFICATION.labels([{"label": value} for value in values])
+        return CLASSIFICATION.labels([name for value in values for name in CLASSIFICATION.label_names({"label": value})])
 
     assert labels("b", "a", "B", "b") == ["B", "a", "b"]
     assert labels(10, 9, 0, -1) == ["-1", "0", "9", "10"]

@@ -103,7 +103,7 @@ class Adapted:
         vocabulary = {self.shape(f"{path}.weight")[0] for path in layout.embeddings}
         resized = {f"{path}.weight" for path in layout.embeddings} if len(vocabulary) == 1 else set()
         for name, tensor in self.adapter.saved_modules.items():
-            if name not in self.aliases or not name.startswith(layout.prefix):
+            if name not in self.aliases or layout.in_head(name):
                 continue
             found, own = tuple(tensor.shape), tuple(self.source.shape(self.aliases[name]))
             if self.source.kind == "merged" and name.endswith(".weight") and self._turned(name.removesuffix(".weight")):
@@ -157,7 +157,7 @@ def same_change(adapter: AdapterFile, embedding: str, head: str) -> bool:
 
 def keep_whole(adapter: Update, layout: Layout) -> Layout:
     """Let an encoder's linear layers that were trained whole (a new pooler) stay fp32, like its head."""
-    whole = {path for path in layout.linears if layout.prefix and f"{path}.weight" in adapter.saved_modules}
+    whole = {path for path in layout.linears if layout.parts and f"{path}.weight" in adapter.saved_modules}
     linears = tuple(path for path in layout.linears if path not in whole)
     return dataclasses.replace(layout, linears=linears, plain=(*layout.plain, *(f"{path}.weight" for path in sorted(whole))))
 
@@ -181,9 +181,7 @@ def refuse_unknown(adapter: Update, layout: Layout) -> None:
 
 def num_labels(adapted: Adapted) -> int:
     """Return the number of labels: the outputs of the last matrix of the classification head."""
-    matrices = [
-        name for name in adapted.layout.plain if name.endswith(".weight") and not name.startswith(adapted.layout.prefix)
-    ]
+    matrices = [name for name in adapted.layout.plain if name.endswith(".weight") and adapted.layout.in_head(name)]
     return [shape[0] for name in matrices if len(shape := adapted.shape(name)) == 2][-1]
 
 

@@ -96,70 +96,74 @@ def scan(data: str, *, task: str | None, columns: Mapping[str, str] | None, vali
     chosen = get_task(task) if task else guess_task(found)
     check_columns(chosen, columns, found, data)
     result = Scan(data, files, chosen, columns, found)
-    seen: dict[str, list[str | None]] = {}
-    for name in files:
-        seen[name] = scan_split(result, name)
+    names = {split: scan_split(result, split) for split in files}
     if not len(result.hashes["train"]) and not result.problems.found:
         raise DataError(f"{data} has no rows")
     if "valid" not in files:
-        split_train(result, seen["train"], share)
+        split_train(result, names["train"], share)
     if chosen.has_labels:
-        check_labels(result, seen)
+        check_labels(result, names)
     return result
 
 
-def scan_split(result: Scan, split: str, limit: int | None = None) -> list[str | None]:
-    """Check each row of a split (or the first `limit` ones) and hash it; return the rows' labels."""
-    hashes, bad, labels = array("Q"), set(), []
+def scan_split(result: Scan, split: str, limit: int | None = None) -> list[tuple[str, ...]]:
+    """Check each row of a split (or the first `limit` ones) and hash it; return the labels that occur in each."""
+    hashes, bad, names = array("Q"), set(), []
     for path, line, row in islice(result.rows(split), limit):
-        problems = result.task.problems(result.located(path, row)) + encoding_problems(row)
+        located = result.located(path, row)
+        problems = result.task.problems(located) + encoding_problems(row)
         for text in problems:
             result.problems.add(path, line, text)
         if problems:
             bad.add(len(hashes))
         hashes.append(row_hash(row))
-        labels.append(result.task.label(row) if not problems else None)
+        names.append(tuple(result.task.label_names(located)) if not problems else ())
     result.hashes[split], result.bad[split] = hashes, bad
-    return labels
+    return names
 
 
-def split_train(result: Scan, labels: list[str | None], share: float | None) -> None:
-    good = [index for index in range(len(labels)) if index not in result.bad["train"]]
+def split_train(result: Scan, names: list[tuple[str, ...]], share: float | None) -> None:
+    """Choose the rows that validate; rows with one label give their share of each."""
+    good = [index for index in range(len(names)) if index not in result.bad["train"]]
+    labels = [row_names[0] if len(row_names) == 1 else None for row_names in names]
     hashes = result.hashes["train"]
     result.valid = choose_valid([hashes[i] for i in good], [labels[i] for i in good], share) if good else set()
     if good and not result.valid and not result.problems.found:
         raise DataError(f"{result.data} has no rows to spare for validation", hint="give another file with --valid FILE")
 
 
-def check_labels(result: Scan, seen: dict[str, list[str | None]]) -> None:
-    """Find the labels of training rows; report labels of other rows that are not among them, and labels of mixed types."""
+def check_labels(result: Scan, names: dict[str, list[tuple[str, ...]]]) -> None:
+    """Find the labels of training rows; report labels of other rows that are not among them, and labels of mixed types.
+
+    names: the labels of each row of a split.
+    """
     train, valid = result.hashes["train"], result.valid
-    trained = [label for label, value in zip(seen["train"], train, strict=True) if label is not None and value not in valid]
-    result.labels = result.task.labels({"label": label} for label in set(trained))
-    counts = {"train": Counter(trained)}
-    if valid:
-        counts["valid"] = Counter(label for label, value in zip(seen["train"], train, strict=True) if label and value in valid)
-    counts |= {
-        name: Counter(label for label in labels if label is not None) for name, labels in seen.items() if name != "train"
-    }
-    result.label_counts = counts
-    if len(result.labels) == 1 and not result.problems.found:
-        raise DataError(f'every row of {result.data} has the label "{result.labels[0]}"; at least two are needed')
+    counts: dict[str, Counter[str]] = {"train": Counter(), **({"valid": Counter()} if valid else {})}
+    for row_names, value in zip(names["train"], train, strict=True):
+        counts["valid" if value in valid else "train"].update(row_names)
+    for split in set(names) - {"train"}:
+        counts[split] = Counter(name for row_names in names[split] for name in row_names)
+    result.labels = result.task.labels(counts["train"])
     known = set(result.labels)
+    result.label_counts = counts
+    if 0 < len(known) < result.task.fewest_labels and not result.problems.found:
+        raise DataError(f'every row of {result.data} has the label "{result.labels[0]}"; at least two are needed')
     kinds: dict[str, tuple[Path, int]] = {}
     for split in result.files:
         for index, (path, line, row) in enumerate(result.rows(split)):
-            label = result.task.label(row)
-            if label is None or index in result.bad[split]:
+            if index in result.bad[split]:
                 continue
-            kinds.setdefault(type(row["label"]).__name__, (path, line))
-            if known and label not in known and (split != "train" or result.hashes[split][index] in valid):
-                close = did_you_mean(label, known)
-                result.problems.add(path, line, f'the label "{label}" does not occur in training.{close}')
+            if row.get("label") is not None:
+                kinds.setdefault(type(row["label"]).__name__, (path, line))
+            if not known or (split == "train" and result.hashes[split][index] not in valid):
+                continue
+            for name in sorted(set(names[split][index]) - known):
+                close = did_you_mean(name, known)
+                result.problems.add(path, line, f'the label "{name}" does not occur in training.{close}')
     if len(kinds) > 1:
-        names = {"str": "text", "int": "numbers", "bool": "true and false"}
+        types = {"str": "text", "int": "numbers", "bool": "true and false"}
         for name, (path, line) in kinds.items():
-            result.problems.add(path, line, f"labels are of mixed types: {names.get(name, name)} here")
+            result.problems.add(path, line, f"labels are of mixed types: {types.get(name, name)} here")
 
 
 def peek_columns(path: Path, columns: Mapping[str, str]) -> list[str]:

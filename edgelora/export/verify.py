@@ -24,7 +24,6 @@ from edgelora.export.graph import Array
 from edgelora.export.linear import Weights
 from edgelora.export.reference import decoder_logits, rounded_activations
 from edgelora.folder import MANIFEST, read_manifest
-from edgelora.models.agreement import first
 from edgelora.models.predictor import TorchPredictor
 from edgelora.quant.digest import different, digest_arrays, shortened
 from edgelora.quant.grid import QuantizedTensor
@@ -181,14 +180,14 @@ def verify_network(classifier: Classifier, model: Network, *, quantized: bool) -
 
     def reference() -> Array:
         found = [predictor.outputs([example])[0] for example in examples]
-        return np.concatenate([first(outputs, example).numpy() for outputs, example in zip(found, examples, strict=True)])
+        return np.concatenate([task.compared(outputs, example) for outputs, example in zip(found, examples, strict=True)])
 
     exact, int8 = reference(), None
     if quantized:
         with rounded_activations(model):
             int8 = reference()
     found = zip(classifier.outputs(examples), examples, strict=True)
-    return Comparison(np.concatenate([first(outputs, example).numpy() for outputs, example in found]), exact, int8).report()
+    return Comparison(np.concatenate([task.compared(outputs, example) for outputs, example in found]), exact, int8).report()
 
 
 def check_codes(

@@ -124,6 +124,7 @@ def gather(run: Path | None, adapter: Path | Recipe | None, model: str | None) -
     from edgelora.adapters.foreign import only_run, open_foreign
     from edgelora.adapters.scales import load_trained as load
     from edgelora.models.source import open_model
+    from edgelora.tasks.classified import Classification
 
     recipe = Recipe((adapter,)) if isinstance(adapter, Path) else adapter
     run = run or (only_run(recipe) if recipe is not None else None)
@@ -145,7 +146,9 @@ def gather(run: Path | None, adapter: Path | Recipe | None, model: str | None) -
     adapted = Adapted.build(source, file, model_layout(source.config, task))
     labels = list(manifest.get("labels") or (foreign.labels if foreign else []))
     if get_task(task).has_labels:
-        labels = check_labels(labels, num_labels(adapted), source.config)
+        one_each = isinstance(get_task(task), Classification)  # an output of the head's last matrix is a label
+        rows = num_labels(adapted) if one_each else len(labels or source.config.get("id2label") or ())
+        labels = check_labels(labels, rows, source.config)
     facts: dict[str, Any] = {key: manifest[key] for key in ("settings", "results") if key in manifest}
     tokenizer, notes = run or source.folder, []
     if foreign is not None:

@@ -26,7 +26,7 @@ from edgelora.models.predictor import TorchPredictor
 
 if TYPE_CHECKING:
     from edgelora.run.predictor import OnnxPredictor
-    from edgelora.tasks.base import Example
+    from edgelora.tasks.base import Example, Task
 
 MOST_BYTES = 8 << 20  # of the reference's hidden states, all examples together
 AT_ONCE = 512  # positions, with TILE_ROWS logits each
@@ -93,8 +93,8 @@ class Reference:
 class Watched:
     """A torch predictor that keeps what it says of the examples that it scores."""
 
-    def __init__(self, predictor: TorchPredictor) -> None:
-        self.predictor = predictor
+    def __init__(self, predictor: TorchPredictor, task: Task) -> None:
+        self.predictor, self.task = predictor, task
         self.generate = predictor.generate
         self.head: Head | None = getattr(predictor.model, "head", None)
         self.said: dict[int, Tensor] = {}
@@ -112,7 +112,8 @@ class Watched:
 
     def outputs(self, examples: Sequence[Example]) -> list[dict[str, NDArray[np.float32]]]:
         found = self.predictor.outputs(examples)
-        self.said = {number: first(outputs, examples[number]) for number, outputs in enumerate(found)}
+        for outputs, example in zip(found, examples, strict=True):
+            self.said[len(self.said)] = torch.from_numpy(self.task.compared(outputs, example))
         self.head = None
         return found
 
@@ -130,10 +131,11 @@ class Watched:
 class WatchedBundle:
     """A bundle's predictor that compares its logits with the reference as they come: they are too many to be kept."""
 
-    def __init__(self, predictor: OnnxPredictor, reference: Reference) -> None:
-        self.predictor, self.reference = predictor, reference
+    def __init__(self, predictor: OnnxPredictor, reference: Reference, task: Task) -> None:
+        self.predictor, self.reference, self.task = predictor, reference, task
         self.generate = predictor.generate
         self.found = Agreement()
+        self.seen = 0  # examples whose outputs were compared
 
     def losses(self, examples: Sequence[Example]) -> list[tuple[float, int]]:
         seen = [0] * len(examples)
@@ -155,22 +157,16 @@ class WatchedBundle:
 
     def outputs(self, examples: Sequence[Example]) -> list[dict[str, NDArray[np.float32]]]:
         found = self.predictor.outputs(examples)
-        for said, outputs, example in zip(self.reference.said, found, examples, strict=True):
-            self.found.add([said], [first(outputs, example)])
+        known = self.reference.said[self.seen : self.seen + len(examples)]
+        for said, outputs, example in zip(known, found, examples, strict=True):
+            self.found.add([said], [torch.from_numpy(self.task.compared(outputs, example))])
+        self.seen += len(examples)
         return found
 
     def logits(self, examples: Sequence[Example]) -> NDArray[np.float32]:
         found = self.predictor.logits(examples)
         self.found.add([torch.cat(self.reference.said)], [torch.from_numpy(found)])
         return found
-
-
-def first(outputs: dict[str, NDArray[np.float32]], example: Example) -> Tensor:
-    """Return an example's first output as logits `[S, n]`; of an output per token those of real ones."""
-    array = next(iter(outputs.values()))
-    if array.ndim > 1 and "ids" in example.arrays:
-        array = array[: len(example)]
-    return torch.from_numpy(np.ascontiguousarray(array).reshape(-1, array.shape[-1]))
 
 
 def tiles(said: Tensor, head: Head | None) -> Iterator[Tensor]:

@@ -18,6 +18,7 @@ from edgelora.models.base_file import BaseWeights, open_base
 from edgelora.models.base_layout import Section
 from edgelora.models.convolution import FrozenBatchNorm, FrozenConv, can_freeze
 from edgelora.models.linear import FrozenEmbedding, FrozenLinear, FrozenWeight
+from edgelora.models.parts import Parts
 from edgelora.models.recompute import Calls, Keeping, Shelf
 from edgelora.models.source import ModelSource
 from edgelora.tasks.base import Task
@@ -135,17 +136,17 @@ def load_network(
     has no such class, and for missing or misshapen tensors of the base, all at once.
     """
     network = build_network(source.config, task.auto_class, labels)
-    prefix = f"{network.base_model_prefix}."
-    heads = head_modules(network)
+    parts = Parts.of(network, task)
+    heads = parts.heads(network)
     known = list((source.config.get("id2label") or {}).values())
-    keep_head = not labels or known == list(labels)
-    sections = network_sections(network, source, prefix, base_bits)
+    drawn = set() if not labels or known == list(labels) else label_tensors(network, task.auto_class)
+    sections = network_sections(network, source, parts, base_bits)
     if layer_bits:
         own = [{path: layer_bits[path] for (path,) in section.groups if path in layer_bits} for section in sections]
         sections = [dataclasses.replace(section, bits=bits) for section, bits in zip(sections, own, strict=True)]
     stored = any(section.groups or section.tables for section in sections)
     weights = open_base(source, sections, base_bits, block_size) if stored else source
-    _fill(network, weights, base_bits, block_size, prefix, heads, keep_head=keep_head)
+    _fill(network, weights, base_bits, block_size, parts, heads, drawn)
     network.requires_grad_(False)
     for name, parameter in network.named_parameters():
         if name.startswith(tuple(f"{head}." for head in heads)):
@@ -187,20 +188,22 @@ def parameters_on_meta() -> Iterator[None]:
         handle.remove()
 
 
-def head_modules(network: Any) -> list[str]:
-    """Return the names of the modules beside the base that have parameters, in order: classifier, pre_classifier …"""
-    children = network.named_children()
-    return [name for name, child in children if name != network.base_model_prefix and any(True for _ in child.parameters())]
+def label_tensors(network: Any, auto_class: str) -> set[str]:
+    """Return the names of the parameters whose shape depends on the number of labels."""
+    config = {**network.config.to_dict(), "model_type": network.config.model_type}
+    one_more = build_network(config, auto_class, [str(number) for number in range(network.config.num_labels + 1)])
+    shapes = {name: parameter.shape for name, parameter in one_more.named_parameters()}
+    return {name for name, parameter in network.named_parameters() if parameter.shape != shapes[name]}
 
 
-def network_sections(network: Any, source: ModelSource, prefix: str, bits: int) -> list[Section]:
+def network_sections(network: Any, source: ModelSource, parts: Parts, bits: int) -> list[Section]:
     """Return the matrices of the base that `_fill` will quantize: the embedding, then the linear layers in their order."""
     names = set(source.names())
     tables: list[str] = []
     layers: dict[str, list[str]] = {}
     for path, module in network.named_modules():
         name = f"{path}.weight"
-        if not path.startswith(prefix) or name not in names or source.shape(name) != tuple(module.weight.shape):
+        if parts.in_head(path) or name not in names or source.shape(name) != tuple(module.weight.shape):
             continue
         if isinstance(module, nn.Linear):
             number = re.search(r"\.\d+\.", path)
@@ -216,20 +219,22 @@ def _fill(
     source: ModelSource | BaseWeights,
     bits: int,
     block_size: int,
-    prefix: str,
+    parts: Parts,
     heads: list[str],
-    *,
-    keep_head: bool,
+    drawn: set[str],
 ) -> None:
-    """Give every parameter its tensor, layer by layer; a base without its pooler gets a fresh, trained one."""
+    """Give every parameter its tensor, layer by layer; a base without its pooler gets a fresh, trained one.
+
+    Modules of the head with a tensor in `drawn`, or one that the checkpoint has not in this shape, are drawn afresh.
+    """
     names = set(source.names())
     problems = []
     for path, module in list(network.named_modules()):
         own = dict(module.named_parameters(prefix=path, recurse=False))
-        in_head = not path.startswith(prefix)
+        in_head = parts.in_head(path)
         missing = [name for name in own if name not in names]
         wrong = [name for name in own if name in names and source.shape(name) != tuple(own[name].shape)]
-        if in_head and (missing or wrong or not keep_head):
+        if in_head and (missing or wrong or not drawn.isdisjoint(own)):
             _draw(module, network.config)
         elif missing and ".pooler." in path:
             _draw(module, network.config)

@@ -9,8 +9,10 @@ import torch
 
 from edgelora.errors import ModelError
 from edgelora.models.layout import decoder_shapes
+from edgelora.models.parts import Parts
 from edgelora.models.spec import DecoderSpec
 from edgelora.tasks import TASKS, get_task
+from edgelora.tasks.base import Task
 
 GENERATION = "text-generation"
 
@@ -23,10 +25,14 @@ class Layout:
     linears: tuple[str, ...]
     embeddings: tuple[str, ...]
     plain: tuple[str, ...]
-    prefix: str = ""  # of the names of a network's base, "bert.": what does not begin so is the head
+    parts: Parts | None = None  # of a network: its base and its head
     architecture: str = ""  # the class of transformers, where the checkpoint may name another one
     tied_head: str | None = None  # path of an LM head that is the embedding
     transposed: bool = False  # transformers' class keeps linear weights as [K, N] (GPT-2's Conv1D)
+
+    def in_head(self, name: str) -> bool:
+        """Tell whether a tensor belongs to a network's head."""
+        return self.parts is not None and self.parts.in_head(name)
 
     def names(self) -> list[str]:
         """Return the names of all tensors that ship."""
@@ -64,10 +70,10 @@ def model_layout(config: dict[str, Any], task: str) -> Layout:
         from edgelora.models.families import decoder_spec
 
         return decoder_layout(decoder_spec(config))
-    return network_layout(config, get_task(task).auto_class)
+    return network_layout(config, get_task(task))
 
 
-def network_layout(config: dict[str, Any], auto_class: str) -> Layout:
+def network_layout(config: dict[str, Any], task: Task) -> Layout:
     """Read the layout off transformers' class for a task, built without weights.
 
     Linear layers of the base and the word embedding go on the grid. The head (everything outside of the base) was trained as
@@ -75,16 +81,16 @@ def network_layout(config: dict[str, Any], auto_class: str) -> Layout:
     """
     from edgelora.models.network import build_network
 
-    model = build_network(config, auto_class)
-    prefix = f"{model.base_model_prefix}."
+    model = build_network(config, task.auto_class)
+    parts = Parts.of(model, task)
     words = word_embedding(model)
     modules = dict(model.named_modules())
-    linears = tuple(path for path, module in modules.items() if isinstance(module, torch.nn.Linear) and path.startswith(prefix))
+    linears = tuple(p for p, module in modules.items() if isinstance(module, torch.nn.Linear) and not parts.in_head(p))
     embeddings = tuple(path for path, module in modules.items() if module is words)
     quantized = {f"{path}.weight" for path in (*linears, *embeddings)}
     counters = ".num_batches_tracked"  # of batch norm: nothing reads it once training is over
     plain = tuple(name for name in model.state_dict() if name not in quantized and not name.endswith(counters))
-    return Layout(linears, embeddings, plain, prefix, type(model).__name__)
+    return Layout(linears, embeddings, plain, parts, type(model).__name__)
 
 
 def word_embedding(model: Any) -> torch.nn.Module | None:

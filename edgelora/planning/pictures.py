@@ -24,15 +24,20 @@ def network_shape(source: ModelSource, task: Task) -> ModelShape:
     it is one layer. Time is corrected by the probe.
     """
     from edgelora.models.network import Network, build_network
+    from edgelora.models.parts import Parts
 
     network = build_network(source.config, task.auto_class).to("meta").eval()
     processor = task.open_processor(source.folder)
     example = task.trial_examples(processor)[:1]
-    batch = {name: torch.from_numpy(array) for name, array in task.collate(example, processor).items() if name != "labels"}
+    batch = {
+        name: torch.from_numpy(array)
+        for name, array in task.collate(example, processor).items()
+        if not name.startswith("labels")
+    }
     seen = count(network, {name: tensor.to("meta") for name, tensor in batch.items()})
     length = max(1, len(example[0]))
-    prefix = f"{network.base_model_prefix}."
-    inside = {path: module for path, module in network.named_modules() if path.startswith(prefix)}
+    parts = Parts.of(network, task)
+    inside = {path: module for path, module in network.named_modules() if not parts.in_head(path)}
     layers = max(1, len(Network(network, (), ())._layers()))
     weighted = [
         (path, module.weight.shape[0], module.weight[0].numel())

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from edgelora.errors import SettingsError
 from edgelora.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -113,6 +114,9 @@ class Task(ABC):
     batch_size: ClassVar[int] = 8
     epochs: ClassVar[float] = 3.0
     has_labels: ClassVar[bool] = False
+    fewest_labels: ClassVar[int] = 2
+    head_parts: ClassVar[tuple[str, ...]] = ()
+    """Names of modules inside of a network's base that are trained whole, as the head beside it is."""
 
     def matches(self, columns: set[str]) -> bool:
         """Tell whether rows with these columns can be this task's."""
@@ -148,13 +152,21 @@ class Task(ABC):
             return [f"{len(example)} tokens, over the limit of {max_length}"]
         return []
 
-    def labels(self, rows: Iterable[Row]) -> list[str]:
-        """Return the labels of the rows in their one order; [] where the task has none."""
+    def labels(self, names: Iterable[str]) -> list[str]:
+        """Return the labels that occur in training rows in their one order; [] where the task has none."""
         return []
 
     def label(self, row: Row) -> str | None:
-        """Return the label of a row, which stratifies the validation split; None where the task has none."""
+        """Return the one label of a row; None where it has none, or the task another number of them."""
         return None
+
+    def label_names(self, row: Row) -> Iterable[str]:
+        """Return the labels that occur in a row without problems: one, or those of its tokens, objects or areas.
+
+        The validation split is stratified by the label of rows that have one.
+        """
+        label = self.label(row)
+        return () if label is None else (label,)
 
     def trial_examples(self, processor: Any) -> list[Example]:
         """Return examples of several lengths, without labels, that an exported graph is compared with torch on."""
@@ -186,6 +198,14 @@ class Task(ABC):
         """Return the metrics of the majority answer; {} where there is none."""
         return {}
 
+    def compared(self, outputs: Mapping[str, NDArray[np.float32]], example: Example) -> NDArray[np.float32]:
+        """Return what two models' outputs of an example are compared by, logits [positions, classes]: its first output, of one
+        per token those of real ones."""
+        array = next(iter(outputs.values()))
+        if array.ndim > 1 and "ids" in example.arrays:
+            array = array[: len(example)]
+        return np.ascontiguousarray(array).reshape(-1, array.shape[-1])
+
     def decode(
         self, outputs: Mapping[str, NDArray[Any]], row: Row, example: Example, processor: Any, labels: Sequence[str]
     ) -> Any:
@@ -195,6 +215,10 @@ class Task(ABC):
     def answer_text(self, answer: Any) -> str:
         """Return what people see of an answer that `decode` gave, without a line's end."""
         return str(answer)
+
+    def draw(self, picture: Any, answer: Any) -> Any:
+        """Return a Pillow image: the picture with an answer that `decode` gave drawn on it."""
+        raise SettingsError(f"--save is for tasks whose answers can be drawn; this bundle is for {self.name}")
 
     @abstractmethod
     def show(self, example: Example, processor: Any, labels: Sequence[str] = ()) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,11 +47,8 @@ class Classification(Task):
         value = row.get("label")
         return str(value).lower() if isinstance(value, bool) else None if value is None else str(value)
 
-    def labels(self, rows: Iterable[Row]) -> list[str]:
-        """Return the labels, sorted: as numbers where all are whole numbers, else as text."""
-        found = {label for row in rows if (label := self.label(row)) is not None}
-        numbers = all(label.removeprefix("-").isdecimal() for label in found)
-        return sorted(found, key=lambda label: (int(label) if numbers else 0, label))
+    def labels(self, names: Iterable[str]) -> list[str]:
+        return sorted_labels(set(names))
 
     def label_index(self, row: Row, labels: Sequence[str]) -> NDArray[np.int32]:
         """Return the number of a row's label, int32 []: -1 where the row has none, or an unknown one."""
@@ -99,6 +96,12 @@ class Classification(Task):
 
     def answer_text(self, answer: Any) -> str:
         return "  ".join(f"{entry['label']} {entry['probability']:.1%}" for entry in answer[:TOP])
+
+
+def sorted_labels(names: Collection[str]) -> list[str]:
+    """Return the labels, sorted: as numbers where all are whole numbers, else as text."""
+    numbers = all(label.removeprefix("-").isdecimal() for label in names)
+    return sorted(names, key=lambda label: (int(label) if numbers else 0, label))
 
 
 def ranked(logits: NDArray[Any], labels: Sequence[str]) -> list[tuple[str, float]]:

@@ -3,29 +3,25 @@
 Columns: `image` (the path of a picture), `label`. A folder of pictures in folders named like their label has both.
 Batch and graph input: pixel_values fp32 [B, 3, H, W]; labels [B] int64 in training.
 Graph output: logits [B, labels] fp32.
-
-The length of an example is its number of patches of 16 × 16 pixels: what batches and the planner's memory go by.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgelora.images import ImageProcessor
-from edgelora.tasks.base import Column, Example, GraphTensor, Metrics, Row
+from edgelora.tasks.base import Column, Example, Metrics, Row
 from edgelora.tasks.classified import Classification, report
-from edgelora.tasks.rows import text_problems
+from edgelora.tasks.pictures import Pictures, trial_pictures
 
-PATCH = 16  # pixels
 BEST = 5
 
 
-class ImageClassification(Classification):
+class ImageClassification(Pictures, Classification):
     name = "image-classification"
     help = "A convolutional network or vision transformer that puts pictures into labels."
     columns = (
@@ -33,10 +29,7 @@ class ImageClassification(Classification):
         Column("label", "its label: a name or a whole number", required=True),
     )
     shapes = (("image", "label"),)
-    file_columns = ("image",)
     auto_class = "AutoModelForImageClassification"
-    unit = "patches"
-    answered = "image"
     families = "ViT, DeiT, ResNet, MobileNetV2, ConvNeXt"
     metric = "accuracy"
     metrics = ("loss", "accuracy", "top_5", "macro_f1")
@@ -45,43 +38,17 @@ class ImageClassification(Classification):
     batch_size = 32
 
     def input_problems(self, row: Row) -> list[str]:
-        problems = text_problems(row, ("image",))
-        if not problems and not Path(row["image"]).is_file():
-            problems.append(f"{row['image']} does not exist")
-        return problems
-
-    def open_processor(self, folder: Path) -> ImageProcessor:
-        return ImageProcessor.from_folder(folder)
-
-    def inputs(self, config: Mapping[str, Any], accepted: Collection[str]) -> tuple[GraphTensor, ...]:
-        """A vision transformer has an embedding for each place of its image_size, TensorFlow's padding depends on the size; a
-        plain convolution slides over any picture."""
-        size = config.get("image_size") if "interpolate_pos_encoding" in accepted or config.get("tf_padding") else None
-        height, width = (size, size) if isinstance(size, int) else size or ("height", "width")
-        return (GraphTensor("pixel_values", "float32", ("batch_size", 3, height, width)),)
+        return self.file_problems(row)
 
     def encode(self, row: Row, processor: ImageProcessor, labels: Sequence[str]) -> Example:
         """Return pixels uint8 [H, W, 3], label int32 [] and length int32 []. Raises DataError for what is no picture."""
         return self.example(processor.read(row["image"]), self.label_index(row, labels))
 
     def example(self, pixels: NDArray[np.uint8], label: NDArray[np.int32]) -> Example:
-        patches = -(-pixels.shape[0] // PATCH) * -(-pixels.shape[1] // PATCH)
-        return Example({"pixels": pixels, "label": label, "length": np.array(patches, dtype=np.int32)})
-
-    def truncate(self, example: Example, max_length: int) -> Example:
-        return example
-
-    def example_problems(self, example: Example, max_length: int) -> list[str]:
-        return []
+        return Example({**self.picture_arrays(pixels), "label": label})
 
     def trial_examples(self, processor: ImageProcessor) -> list[Example]:
-        """Return noise of three kinds, and a plain picture, as the processor's bytes."""
-        from PIL import Image
-
-        random = np.random.default_rng(0)
-        pictures = [random.integers(0, high, (64, 80, 3)).astype(np.uint8) for high in (256, 96, 2)]
-        pixels = [processor.pixels(Image.fromarray(picture)) for picture in [*pictures, np.full((64, 80, 3), 127, np.uint8)]]
-        return [self.example(array, np.array(-1, np.int32)) for array in pixels]
+        return [self.example(processor.pixels(picture), np.array(-1, np.int32)) for picture in trial_pictures()]
 
     def collate(self, examples: Sequence[Example], processor: ImageProcessor) -> dict[str, NDArray[Any]]:
         pixels = np.stack([example.arrays["pixels"] for example in examples])
