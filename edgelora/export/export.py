@@ -14,6 +14,8 @@ from edgelora.export.decoder import build_decoder
 from edgelora.export.files import MODEL_NAMES, BundleFacts, special_tokens, write_files
 from edgelora.export.graph import save
 from edgelora.export.results import add_results
+from edgelora.export.trim.passages import Source
+from edgelora.export.trim.trim import trim
 from edgelora.export.verify import check
 from edgelora.export.work import Work
 from edgelora.folder import MANIFEST, new_folder, read_manifest, refuse_existing, write_manifest
@@ -38,6 +40,7 @@ def export(
     model: str | None = None,
     max_length: int | None = None,
     adapters: str = "merged",
+    trim_vocabulary: str | None = None,
     overwrite: bool = False,
     force: bool = False,
     **wishes: Any,
@@ -48,8 +51,9 @@ def export(
     the merged weights in torch, and of a run the bundle is scored on its held-out rows: what does not compute the same, or
     keeps too little of the adapter's gain, is refused with the figures (ModelError), unless `force` is given. `max_length` is
     the most tokens of prompt and answer together. `adapters`: "merged" into the weights; "static", a run's beside them, in the
-    graph; "swap", a base bundle that `add_adapter` (export/onto.py) gives adapters to. wishes: how `merge` rounds
-    (rounding_plan.Wish: calibrate, columns, size, loss).
+    graph; "swap", a base bundle that `add_adapter` (export/onto.py) gives adapters to. `trim_vocabulary`: keep the tokens of a
+    run's rows ("") or of this file's and of a run's (export/trim/). wishes: how `merge` rounds (rounding_plan.Wish: calibrate,
+    columns, size, loss).
 
     Returns the figures of `--json`; `table` has a run's held-out rows scored again.
     """
@@ -59,13 +63,7 @@ def export(
         try:
             bar.update(stage="merge")
             started = time.perf_counter()
-            check_mode(adapters, kind_of(Path(target).expanduser()))
-            if adapters == "static" and any(wishes.values()):
-                raise SettingsError("an adapter beside its base leaves the base as it is, which is not rounded by rows")
-            if adapters == "static":
-                merged, run = base_folder(Path(target).expanduser(), temporary, precision, model)
-            else:
-                merged, run = merged_folder(target, temporary, precision, model, force=force, **wishes)
+            merged, run = ready_folder(target, temporary, precision, model, adapters, trim_vocabulary, force=force, **wishes)
             work = open_work(staging, merged, run, precision, device)
             keep_beside(work, adapters)
             work.seconds["merge"] = round(time.perf_counter() - started, 2)
@@ -83,6 +81,35 @@ def export(
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return figures(work, out)
+
+
+def ready_folder(
+    target: str,
+    temporary: Path,
+    precision: str,
+    model: str | None,
+    adapters: str,
+    trim_vocabulary: str | None,
+    *,
+    force: bool,
+    **wishes: Any,
+) -> tuple[Path, Path | None]:
+    """Return (the merged folder as it ships, the run that it comes from or None); what is made on the way is in `temporary`."""
+    path = Path(target).expanduser()
+    check_mode(adapters, kind_of(path))
+    if adapters != "merged" and trim_vocabulary is not None:
+        raise SettingsError(f"--trim-vocabulary is for merged bundles; with --adapters {adapters} all tokens ship")
+    if adapters == "static":
+        if any(wishes.values()):
+            raise SettingsError("an adapter beside its base leaves the base as it is, which is not rounded by rows")
+        return base_folder(path, temporary / "whole", precision, model)
+    columns = wishes.get("columns") or {}
+    if trim_vocabulary is not None and not wishes.get("calibrate"):
+        wishes["columns"] = {}  # they are of the rows that the vocabulary is kept for
+    merged, run = merged_folder(target, temporary / "whole", precision, model, force=force, **wishes)
+    if trim_vocabulary is None:
+        return merged, run
+    return trim(merged, temporary / "trimmed", Source(run, trim_vocabulary or None, columns)), run
 
 
 def merged_folder(
@@ -150,6 +177,7 @@ def write_bundle(work: Work, max_length: int | None) -> None:
         "layers": checkpoint.layers,
         "nodes": work.nodes,
         "exceptions": exceptions(work.nodes),
+        **{key: checkpoint.manifest[key] for key in ("vocabulary",) if key in checkpoint.manifest},
         **card(work),
         **beside(work),
     }
@@ -231,6 +259,7 @@ def figures(work: Work, out: Path) -> dict[str, Any]:
         "size_mb": round(size / 2**20, 1),
         "nodes": len(work.nodes),
         "exceptions": manifest["exceptions"],
+        "vocabulary": manifest.get("vocabulary"),
         "verify": manifest["verify"],
         "seconds": work.seconds,
         "table": manifest["results"],

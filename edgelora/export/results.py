@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from edgelora import console, held_out
 from edgelora.errors import EdgeLoRAError
 from edgelora.export.work import Work
 from edgelora.folder import MANIFEST, read_manifest
+from edgelora.held_out import HeldOut
 from edgelora.merging.shipped import rounded_with_rows
 from edgelora.models.agreement import Reference
 from edgelora.models.source import open_model
@@ -34,7 +36,11 @@ def add_results(work: Work, *, force: bool) -> None:
     held = held_out.held_out(run, manifest)
     if held is None:
         return
-    predictor, reference = OnnxPredictor(load(work.staging)), reference_of(work, run, held.task)
+    predictor = OnnxPredictor(load(work.staging))
+    if "vocabulary" in work.manifest:  # other ids, and logits of fewer tokens than the fp32 adapter's
+        held, reference = encoded_anew(held, work.processor), None
+    else:
+        reference = reference_of(work, run, held.task)
     generate = any("exact_match" in row for row in results)
     metrics = held.score_bundle(predictor, reference, generate=generate)
     results = with_kept([*results, line("onnx", metrics, precision=work.precision)])
@@ -42,6 +48,16 @@ def add_results(work: Work, *, force: bool) -> None:
     merged = work.checkpoint.manifest
     advice = what_keeps_more(work.precision, manifest.get("grid") or {}, calibrated=rounded_with_rows(merged))
     refuse_lost_gain(results, "onnx", advice, force=force)
+
+
+def encoded_anew(held: HeldOut, processor: Any) -> HeldOut:
+    """Return the held-out rows in the ids of another tokenizer; a row that was cut is cut where it was."""
+    task = held.task
+    examples = [task.encode(row, processor, held.labels) for row in held.rows]
+    cut = [
+        new if len(new) <= len(old) else task.truncate(new, len(old)) for new, old in zip(examples, held.examples, strict=True)
+    ]
+    return dataclasses.replace(held, processor=processor, examples=cut)
 
 
 def reference_of(work: Work, run: Path, task: Task) -> Reference | None:
