@@ -266,9 +266,9 @@ class Rows:
     def _encode(self, row: Row, taken: Taken) -> list[str]:
         """Add a row to `taken`, or return what is wrong with it."""
         task, labels, length = self.target.task, self.target.labels, self.target.max_length
-        label = task.label(row)
-        if label is not None and label not in labels:
-            return [f'the label "{label}" does not occur in training.{did_you_mean(label, labels)}']
+        for label in task.label_names(row):
+            if label not in labels:
+                return [f'the label "{label}" does not occur in training.{did_you_mean(label, labels)}']
         try:
             example = task.encode(row, self.processor, labels)
         except DataError as error:

@@ -117,6 +117,10 @@ class Tokenizer:
         encoding = self._encode(text, pair, True)
         return list(encoding.ids), list(encoding.type_ids)
 
+    def encode_offsets(self, text: str, pair: str | None = None) -> tokenizers.Encoding:
+        """Return ids, type ids, offsets (characters of the text that a token is in) and sequence ids of one or two texts."""
+        return self._encode(text, pair, True)
+
     def _encode(self, text: str, pair: str | None, add_special_tokens: bool) -> tokenizers.Encoding:
         try:
             return self.native.encode(text, pair, add_special_tokens=add_special_tokens)

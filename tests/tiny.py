@@ -77,15 +77,16 @@ def save_decoder(folder: Path, family: str = "llama", *, seed: int = 0, **overri
 
 
 def save_encoder(
-    folder: Path, family: str = "bert", *, labels: int = 3, base_only: bool = False, seed: int = 0, **overrides: Any
-) -> Path:
-    """Save a random encoder of a family of ENCODERS: with a classification head, or its base alone as MiniLM is."""
+    folder: Path, family: str = "bert", *, labels: int = 3, base_only: bool = False, seed: int = 0,
+    auto_class: str = "AutoModelForSequenceClassification", **overrides: Any
+) -> Path:  # fmt: skip
+    """Save a random encoder of a family of ENCODERS: with a head, or its base alone as MiniLM is."""
     import transformers
 
     name, differs = ENCODERS[family]
     shape = {"max_position_embeddings": 66, "vocab_size": VOCAB} if family == "distilbert" else BERT_SHAPE
     config = getattr(transformers, name)(**{"pad_token_id": 260, **shape, **differs, "num_labels": labels, **overrides})
-    return _save(folder, "AutoModel" if base_only else "AutoModelForSequenceClassification", config, seed)
+    return _save(folder, "AutoModel" if base_only else auto_class, config, seed)
 
 
 def _save(folder: Path, auto_class: str, config: Any, seed: int) -> Path:

@@ -198,5 +198,4 @@ def merged_config(adapted: Adapted, labels: list[str]) -> dict[str, Any]:
     if labels:
         config["id2label"] = {str(i): label for i, label in enumerate(labels)}
         config["label2id"] = {label: i for i, label in enumerate(labels)}
-        config["problem_type"] = "single_label_classification"
     return config

@@ -1,4 +1,4 @@
-"""Rows of one file, one after the other: JSON lines, JSON arrays, CSV, TSV and Parquet. What cannot be read is reported."""
+"""Rows of one file, one after the other: JSON, JSON lines, CSV, TSV, CoNLL, Parquet. What cannot be read is reported."""
 
 from __future__ import annotations
 
@@ -8,15 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from edgelora.data.conll import is_conll, read_conll
+from edgelora.data.lines import UTF8_BOM, Report, text_lines
 from edgelora.errors import DataError, MachineError
 from edgelora.tasks.base import Row
 
-Report = Callable[[int, str], None]
-"""Called with the line number and what is wrong there."""
-
-BOMS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
-UTF8_BOM = b"\xef\xbb\xbf"
 
 
 def with_paths(row: Row, columns: Sequence[str], origin: Path) -> Row:
@@ -47,26 +44,6 @@ def read_image_folder(folder: Path) -> Iterator[tuple[int, Row]]:
 
 def is_picture(path: Path) -> bool:
     return path.suffix.lower() in PICTURES and not path.name.startswith((".", "_"))
-
-
-def text_lines(path: Path, report: Report) -> Iterator[tuple[int, str]]:
-    """Yield (number, line) of a UTF-8 file, without a byte order mark; a line that is not text is reported and comes empty."""
-    with path.open("rb") as file:
-        head = file.read(3)
-        if head[:2] in BOMS:
-            raise DataError(f"{path.name} is {BOMS[head[:2]]} text; UTF-8 is wanted", hint="save it as UTF-8")
-        file.seek(len(UTF8_BOM) if head == UTF8_BOM else 0)
-        for number, line in enumerate(file, 1):
-            try:
-                text = line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                report(number, f"not UTF-8: byte 0x{line[error.start]:02x} at position {error.start + 1}")
-                text = ""
-            else:
-                if "\0" in text:
-                    report(number, f"a NUL byte at position {line.index(0) + 1}")
-                    text = ""
-            yield number, text
 
 
 def read_jsonl(path: Path, report: Report) -> Iterator[tuple[int, Row]]:
@@ -204,7 +181,7 @@ def check_header(path: Path, header: list[str]) -> list[str]:
 
 
 def read_tsv(path: Path, report: Report) -> Iterator[tuple[int, Row]]:
-    return read_csv(path, report, delimiter="\t")
+    return read_conll(path, report) if is_conll(path) else read_csv(path, report, delimiter="\t")
 
 
 def read_parquet(path: Path, report: Report) -> Iterator[tuple[int, Row]]:
@@ -237,12 +214,15 @@ def class_names(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
     """Return the label names that the datasets library keeps in a Parquet schema, by column."""
     try:
         features = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-        return {key: list(value["names"]) for key, value in features.items() if isinstance(value, dict) and "names" in value}
+        inner = {key: value.get("feature", value) for key, value in features.items() if isinstance(value, dict)}
+        return {key: list(value["names"]) for key, value in inner.items() if isinstance(value, dict) and "names" in value}
     except (ValueError, AttributeError, TypeError) as error:
         raise DataError(f"the Parquet file's own description is damaged: {error}") from None
 
 
 def label_name(names: list[str] | None, value: Any) -> Any:
+    if names and isinstance(value, list):  # one for each token
+        return [label_name(names, item) for item in value]
     return names[value] if names and isinstance(value, int) and 0 <= value < len(names) else value
 
 
@@ -252,4 +232,6 @@ READERS: dict[str, Callable[[Path, Report], Iterator[tuple[int, Row]]]] = {
     ".csv": read_csv,
     ".tsv": read_tsv,
     ".parquet": read_parquet,
+    ".conll": read_conll,
+    ".bio": read_conll,
 }

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from edgelora.adapters.peft_config import TASK_TYPES
 from edgelora.errors import FolderError, SettingsError, did_you_mean
 from edgelora.folder import new_folder, read_manifest, refuse_existing, write_json, write_manifest
 from edgelora.merging.rounding_plan import RoundingPlan, Wish, plan_rounding
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from edgelora.models.source import ModelSource
 
 BLOCK_SIZES = (32, 64)
-TASK_TYPES = {"SEQ_CLS": "text-classification", "CAUSAL_LM": "text-generation"}
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ def write_companions(inputs: Inputs, staging: Path) -> None:
     for name in TOKENIZER_FILES:
         if (inputs.folder / name).is_file():
             shutil.copyfile(inputs.folder / name, staging / name)
-    write_json(staging / "config.json", merged_config(inputs.adapted, inputs.labels))
+    write_json(staging / "config.json", merged_config(inputs.adapted, inputs.labels) | dict(get_task(inputs.task).config))
 
 
 def average(layers: Sequence[Layer]) -> dict[str, float]:

@@ -12,6 +12,7 @@ from edgelora.tasks.base import Task
 TASKS = {
     "text-generation": "edgelora.tasks.text_generation:TextGeneration",
     "text-classification": "edgelora.tasks.text_classification:TextClassification",
+    "token-classification": "edgelora.tasks.token_classification:TokenClassification",
     "image-classification": "edgelora.tasks.image_classification:ImageClassification",
 }
 

@@ -114,6 +114,8 @@ class Task(ABC):
     batch_size: ClassVar[int] = 8
     epochs: ClassVar[float] = 3.0
     has_labels: ClassVar[bool] = False
+    config: ClassVar[Mapping[str, Any]] = {}
+    """What config.json says of the task beside its labels."""
     fewest_labels: ClassVar[int] = 2
     head_parts: ClassVar[tuple[str, ...]] = ()
     """Names of modules inside of a network's base that are trained whole, as the head beside it is."""

@@ -24,6 +24,7 @@ class Classification(Task):
 
     outputs = (GraphTensor("logits", "float32", ("batch_size", "num_labels")),)
     has_labels = True
+    config = {"problem_type": "single_label_classification"}  # noqa: RUF012  # nobody writes to it
     higher_is_better = True
 
     def normalize(self, row: Row) -> Row:
