@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from edgelora.data.read import READERS, is_picture
+from edgelora.data.read import READERS, media_column
 from edgelora.errors import DataError, MachineError
 
 SPLITS = {"train": ("train", "training"), "valid": ("valid", "validation", "dev", "val", "eval"), "test": ("test", "testing")}
@@ -35,8 +35,8 @@ def find_files(data: str) -> Files:
 def folder_files(folder: Path, name: str) -> Files:
     """Return the files of a folder: train.jsonl, valid.csv, data/train-00000-of-00002.parquet, train/0.parquet …"""
     found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in READERS and not hidden(p.relative_to(folder)))
-    if not found and (pictures := picture_folders(folder)):
-        return pictures
+    if not found and (labelled := labelled_folders(folder)):
+        return labelled
     files: Files = {}
     for path in found:
         relative = path.relative_to(folder)
@@ -55,8 +55,8 @@ def folder_files(folder: Path, name: str) -> Files:
     return files
 
 
-def picture_folders(folder: Path) -> Files:
-    """Return FOLDER/{train,valid,test} where these hold pictures by label, else FOLDER as train where it does; {} otherwise."""
+def labelled_folders(folder: Path) -> Files:
+    """Return FOLDER/{train,valid,test} where these hold pictures or sounds by label, else FOLDER as train where it does; {} otherwise."""
     inside = [path for path in folder.iterdir() if path.is_dir() and not hidden(path.relative_to(folder))]
     named = {split: [path for path in inside if path.name.lower() in names] for split, names in SPLITS.items()}
     files = {split: paths for split, paths in named.items() if any(map(has_labelled, paths))}
@@ -66,7 +66,7 @@ def picture_folders(folder: Path) -> Files:
 
 
 def has_labelled(folder: Path) -> bool:
-    return any(is_picture(path) for path in folder.glob("*/**/*"))
+    return any(media_column(path) for path in folder.glob("*/**/*"))
 
 
 def hidden(relative: Path) -> bool:

@@ -13,7 +13,9 @@ from edgelora.data.lines import UTF8_BOM, Report, text_lines
 from edgelora.errors import DataError, MachineError
 from edgelora.tasks.base import Row
 
+SOUNDS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au")
 PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+MANIFEST_NAMES = {"audio_filepath": "audio", "command": "label"}
 
 
 def with_paths(row: Row, columns: Sequence[str], origin: Path) -> Row:
@@ -26,24 +28,33 @@ def with_paths(row: Row, columns: Sequence[str], origin: Path) -> Row:
 def iterate_file(path: Path, report: Report) -> Iterator[tuple[int, Row]]:
     """Return (line number, row) of a file, by its suffix; Parquet rows count from 1. Raises DataError for a whole file.
 
-    A folder whose files stand in folders named like their label has a row {"image", "label"} for each picture.
+    A folder whose files stand in folders named like their label has a row {"image", "label"} for each picture, {"audio",
+    "label"} for each sound. Manifests that name their files as NeMo's do are read as ours.
     """
     if path.is_dir():
-        return read_image_folder(path)
+        return read_labelled_folder(path)
     if path.suffix.lower() not in READERS:
         raise DataError(f"{path.name} is not a data file; allowed: {', '.join(READERS)}")
-    return READERS[path.suffix.lower()](path, report)
+    return ((line, our_names(row)) for line, row in READERS[path.suffix.lower()](path, report))
 
 
-def read_image_folder(folder: Path) -> Iterator[tuple[int, Row]]:
-    """Read FOLDER/LABEL/…/picture.jpg, in the order of their names; the number is the picture's place."""
-    pictures = sorted(path.relative_to(folder) for path in folder.glob("*/**/*") if is_picture(path))
-    for number, path in enumerate(pictures, 1):
-        yield number, {"image": path.as_posix(), "label": path.parts[0]}
+def our_names(row: Row) -> Row:
+    return row if "audio_filepath" not in row else {MANIFEST_NAMES.get(name, name): value for name, value in row.items()}
 
 
-def is_picture(path: Path) -> bool:
-    return path.suffix.lower() in PICTURES and not path.name.startswith((".", "_"))
+def read_labelled_folder(folder: Path) -> Iterator[tuple[int, Row]]:
+    """Read FOLDER/LABEL/…/picture.jpg (or sound.wav), in the order of their names; the number is the file's place."""
+    files = sorted(path.relative_to(folder) for path in folder.glob("*/**/*") if media_column(path))
+    for number, path in enumerate(files, 1):
+        yield number, {str(media_column(path)): path.as_posix(), "label": path.parts[0]}
+
+
+def media_column(path: Path) -> str | None:
+    """Return the column that a picture's or a sound's path stands in, None of other files."""
+    if path.name.startswith((".", "_")):
+        return None
+    suffix = path.suffix.lower()
+    return "image" if suffix in PICTURES else "audio" if suffix in SOUNDS else None
 
 
 def read_jsonl(path: Path, report: Report) -> Iterator[tuple[int, Row]]:

@@ -88,7 +88,10 @@ def build_traced(checkpoint: MergedCheckpoint, accuracy_levels: Mapping[str, int
 
 def examples(wanted: Sequence[GraphTensor], axes: Sequence[str]) -> tuple[Tensor, ...]:
     """Return ones of the inputs' shapes, each named axis of a size of its own: 0 and 1 would be taken for constants."""
-    shapes = [[axes.index(size) + 2 if isinstance(size, str) else size for size in tensor.shape] for tensor in wanted]
+    shapes = [
+        [axes.index(size) + tensor.smallest.get(size, 2) if isinstance(size, str) else size for size in tensor.shape]
+        for tensor in wanted
+    ]
     return tuple(torch.ones(shape, dtype=getattr(torch, tensor.dtype)) for shape, tensor in zip(shapes, wanted, strict=True))
 
 

@@ -14,14 +14,18 @@ BASE_PREFIXES = {
     "modernbert": "model", "albert": "albert",
     "llama": "model", "mistral": "model", "qwen2": "model", "qwen3": "model", "gemma": "model", "gemma2": "model",
     "vit": "vit", "deit": "deit", "resnet": "resnet", "convnext": "convnext", "mobilenet_v2": "mobilenet_v2",
+    "wav2vec2": "wav2vec2", "hubert": "hubert", "audio-spectrogram-transformer": "audio_spectrogram_transformer",
     "gemma3_text": "model", "phi3": "model", "smollm3": "model", "olmo2": "model", "granite": "model",
 }  # fmt: skip
-# What checkpoints of ViT and DeiT call modules, and the classes of transformers from version 5 on
+# Whose layers are named like ViT's, and what their checkpoints call modules, and the classes of transformers from version 5 on
+LIKE_VIT = ("vit", "deit", "audio-spectrogram-transformer")
 VISION_NAMES = (
     ("encoder.layer.", "layers."), ("attention.attention.query.", "attention.q_proj."),
     ("attention.attention.key.", "attention.k_proj."), ("attention.attention.value.", "attention.v_proj."),
     ("attention.output.dense.", "attention.o_proj."), ("intermediate.dense.", "mlp.fc1."), ("output.dense.", "mlp.fc2."),
 )  # fmt: skip
+# A weight as direction and length (weight norm), by torch's names before and after version 2
+WEIGHT_NORM = ((".weight_g", ".parametrizations.weight.original0"), (".weight_v", ".parametrizations.weight.original1"))
 HEADS = (
     "lm_head.", "classifier.", "pre_classifier.", "cls.", "predictions.", "qa_outputs.", "score.", "head.", "vocab_",
 )  # fmt: skip
@@ -31,13 +35,15 @@ def canonical_names(tensors: dict[str, T], config: dict[str, Any]) -> dict[str, 
     """Return `tensors` under the names of the class with a head: base prefix added, TensorFlow-era norm names replaced."""
     prefix = BASE_PREFIXES.get(str(config.get("model_type")))
     bare = prefix is not None and not any(name.startswith(f"{prefix}.") for name in tensors)
-    vision = config.get("model_type") in ("vit", "deit") and int(version("transformers").split(".")[0]) >= 5
+    vision = config.get("model_type") in LIKE_VIT and int(version("transformers").split(".")[0]) >= 5
     renamed = {}
     for name, tensor in tensors.items():
         for old, new in VISION_NAMES if vision else ():
             name = name.replace(old, new)
         name = name.removesuffix(".gamma") + ".weight" if name.endswith("LayerNorm.gamma") else name
         name = name.removesuffix(".beta") + ".bias" if name.endswith("LayerNorm.beta") else name
+        for old, new in WEIGHT_NORM:
+            name = name.removesuffix(old) + new if name.endswith(old) else name
         if bare and not name.startswith(HEADS):
             name = f"{prefix}.{name}"
         renamed[name] = tensor

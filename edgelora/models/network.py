@@ -25,6 +25,10 @@ from edgelora.tasks.base import Task
 
 BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
 WORD_EMBEDDINGS = ("word_embeddings", "tok_embeddings", "embed_tokens")
+# Masks and skipped layers of speech networks, drawn at random in training from scratch
+UNUSED = {"mask_time_prob": 0.0, "mask_feature_prob": 0.0, "apply_spec_augment": False, "layerdrop": 0.0}
+
+UNFIT = {"wavlm": "its attention reads the weights of its projections itself, where adapters are not seen"}
 
 
 class Network(nn.Module):
@@ -76,10 +80,11 @@ class Network(nn.Module):
         return (out, *others[0][1:]) if others else out
 
     def _layers(self) -> list[nn.Module]:
-        """Return the repeated layers: the first list of modules that is as long as the config's number of layers; or none."""
+        """Return the repeated layers: the largest list of modules that is as long as the config's number of layers; or none."""
         lists = [module for module in self.network.modules() if isinstance(module, nn.ModuleList)]
         count = getattr(self.network.config, "num_hidden_layers", None)
-        return list(next((layers for layers in lists if len(layers) == count), []))
+        lists = [layers for layers in lists if len(layers) == count]
+        return list(max(lists, key=lambda layers: sum(1 for _ in layers.modules()), default=[]))
 
     def outputs(self, **inputs: Tensor) -> dict[str, Tensor]:
         """Return the outputs of the network's class by name, `[B, …]` each."""
@@ -148,6 +153,9 @@ def load_network(
     weights = open_base(source, sections, base_bits, block_size) if stored else source
     _fill(network, weights, base_bits, block_size, parts, heads, drawn)
     network.requires_grad_(False)
+    for module in network.modules():
+        if hasattr(module, "_requires_grad"):  # a speech network's, that its waveform gets a gradient
+            module._requires_grad = False
     for name, parameter in network.named_parameters():
         if name.startswith(tuple(f"{head}." for head in heads)):
             parameter.requires_grad_(True)
@@ -159,12 +167,16 @@ def build_network(config: dict[str, Any], auto_class: str, labels: Sequence[str]
     import transformers
 
     kind = str(config.get("model_type"))
+    if kind in UNFIT:
+        raise ModelError(f'models of the type "{kind}" cannot be adapted: {UNFIT[kind]}')
     values = {key: value for key, value in config.items() if key not in ("model_type", "num_labels")}
     if labels:
         values["id2label"] = dict(enumerate(labels))
         values["label2id"] = {label: number for number, label in enumerate(labels)}
     try:
         settings = transformers.AutoConfig.for_model(kind, **values)
+        for name in [name for name in UNUSED if hasattr(settings, name)]:
+            setattr(settings, name, UNUSED[name])
         with parameters_on_meta():
             return getattr(transformers, auto_class).from_config(settings, dtype=torch.float32)
     except ValueError as error:

@@ -136,6 +136,7 @@ class TorchPredictor:
         order = sorted(range(len(examples)), key=lambda i: -len(examples[i]))
         start = 0
         while start < len(order):
-            size = max(1, self.batch_tokens // max(1, len(examples[order[start]])))
+            longest = examples[order[start]]
+            size = 1 if longest.alone else max(1, self.batch_tokens // max(1, len(longest)))
             yield order[start : start + size]
             start += size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,11 +30,8 @@ def network_shape(source: ModelSource, task: Task) -> ModelShape:
     network = build_network(source.config, task.auto_class).to("meta").eval()
     processor = task.open_processor(source.folder)
     example = task.trial_examples(processor)[:1]
-    batch = {
-        name: torch.from_numpy(array)
-        for name, array in task.collate(example, processor).items()
-        if not name.startswith("labels")
-    }
+    wanted = [tensor.name for tensor in task.inputs(source.config, inspect.signature(network.forward).parameters)]
+    batch = {name: torch.from_numpy(task.collate(example, processor)[name]) for name in wanted}
     seen = count(network, {name: tensor.to("meta") for name, tensor in batch.items()})
     length = max(1, len(example[0]))
     parts = Parts.of(network, task)

@@ -84,6 +84,7 @@ class Classifier:
         """Return the outputs of each example by name. Examples of like length share a batch, so that little is padded."""
         found: list[Outputs] = [{} for _ in examples]
         order = sorted(range(len(examples)), key=lambda index: len(examples[index]))
+        batch_size = 1 if any(example.alone for example in examples) else batch_size
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             arrays = self.session.run(self.output_names, self._feeds([examples[row] for row in rows]))

@@ -14,6 +14,7 @@ TASKS = {
     "text-classification": "edgelora.tasks.text_classification:TextClassification",
     "token-classification": "edgelora.tasks.token_classification:TokenClassification",
     "image-classification": "edgelora.tasks.image_classification:ImageClassification",
+    "audio-classification": "edgelora.tasks.audio_classification:AudioClassification",
 }
 
 

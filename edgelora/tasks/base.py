@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -40,18 +40,21 @@ class Column:
 
 @dataclass(frozen=True)
 class GraphTensor:
-    """An input or output of the ONNX graph. shape: sizes, and names of axes that may have any size."""
+    """An input or output of the ONNX graph. shape: sizes, and names of axes that may have any size; smallest: the sizes that
+    named axes are traced with, where 2 is too small for the network."""
 
     name: str
     dtype: str  # numpy's name
     shape: tuple[str | int, ...]
+    smallest: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Example:
     """One encoded row: what the store holds. An array has the type, rank and all sizes but the first of the other rows'.
 
-    The length, which batches and the planner go by, is that of "ids", else the number in "length", else 1.
+    The length, which batches and the planner go by, is that of "ids", else the number in "length", else 1. "alone" is 1 where
+    padding would change the outputs: such a row is scored in a batch of its own.
     """
 
     arrays: dict[str, NDArray[Any]]
@@ -60,6 +63,10 @@ class Example:
         if "ids" in self.arrays:
             return len(self.arrays["ids"])
         return int(self.arrays.get("length", 1))
+
+    @property
+    def alone(self) -> bool:
+        return bool(self.arrays.get("alone", False))
 
 
 class Predictor(Protocol):
