@@ -177,3 +177,59 @@ def save_pictures(folder: Path, rows: int = 24, size: int = 32) -> Path:
         (folder / label).mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels.astype(np.uint8)).save(folder / label / f"{number}.png")
     return folder
+
+
+CONVOLUTIONS = {"conv_dim": (16, 16, 16), "conv_stride": (5, 4, 4), "conv_kernel": (10, 8, 4), "num_feat_extract_layers": 3,
+                "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}  # fmt: skip
+LAYERS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+SPEECH: dict[str, tuple[str, dict[str, Any]]] = {
+    "wav2vec2": ("Wav2Vec2Config", {**CONVOLUTIONS, "classifier_proj_size": 16}),
+    "wav2vec2_layer": ("Wav2Vec2Config", {**CONVOLUTIONS, "classifier_proj_size": 16, "feat_extract_norm": "layer",
+                                          "do_stable_layer_norm": True, "conv_bias": True}),
+    "hubert": ("HubertConfig", {**CONVOLUTIONS, "classifier_proj_size": 16}),
+    "ast": ("ASTConfig", {"max_length": 64, "num_mel_bins": 32}),
+}  # fmt: skip
+
+
+def save_speech(
+    folder: Path, family: str = "wav2vec2", *, head: str = "AudioClassification", labels: int = 3, seed: int = 0, **overrides: Any
+) -> Path:
+    """Save a random network on sound of a family of SPEECH with a head (AudioClassification, CTC) and its feature extractor."""
+    import torch
+    import transformers
+
+    name, differs = SPEECH[family]
+    config = getattr(transformers, name)(**{**LAYERS, **differs, "num_labels": labels, **overrides})
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = getattr(transformers, f"AutoModelFor{head}").from_config(config)
+        for parameter_name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                torch.nn.init.normal_(parameter, std=0.2)
+            elif parameter_name.endswith("bias"):
+                torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
+    extractor = {"feature_extractor_type": "Wav2Vec2FeatureExtractor", "sampling_rate": 16000, "do_normalize": True,
+                 "padding_value": 0.0, "feature_size": 1, "return_attention_mask": family == "wav2vec2_layer"}  # fmt: skip
+    if family == "ast":
+        extractor = {"feature_extractor_type": "ASTFeatureExtractor", "sampling_rate": 16000, "max_length": 64,
+                     "num_mel_bins": 32, "mean": -4.0, "std": 4.5}  # fmt: skip
+    (folder / "preprocessor_config.json").write_text(json.dumps(extractor), encoding="utf-8")
+    return folder
+
+
+def save_sounds(folder: Path, rows: int = 24, rate: int = 8000) -> Path:
+    """Write FOLDER/{hiss,high,low}/N.wav: a third to a half second of noise or of a tone, easy to tell apart."""
+    import numpy as np
+    import soundfile
+
+    random = np.random.default_rng(0)
+    for number in range(rows):
+        label = ("hiss", "high", "low")[number % 3]
+        time = np.arange(random.integers(rate // 3, rate // 2)) / rate
+        wave = random.standard_normal(len(time)) * (0.2 if label == "hiss" else 0.01)
+        if label != "hiss":
+            wave += 0.3 * np.sin(2 * np.pi * (2000 if label == "high" else 200) * random.uniform(0.9, 1.1) * time)
+        (folder / label).mkdir(parents=True, exist_ok=True)
+        soundfile.write(folder / label / f"{number}.wav", wave, rate)
+    return folder

@@ -1,7 +1,7 @@
 """audio-classification: a network with a classification head puts a sound into one of several labels.
 
 Columns: `audio` (the path of a sound file), `label`. A folder of sounds in folders named like their label has both.
-Batch and graph input, by the model's feature extractor: input_values fp32 [B, samples] (wav2vec2, HuBERT, WavLM) or
+Batch and graph input, by the model's feature extractor: input_values fp32 [B, samples] (wav2vec2, HuBERT) or
 [B, frames, bins] (AST), input_features fp32 [B, bins, frames] (Whisper's encoder); attention_mask [B, samples] and labels [B]
 int64 in training. Graph output: logits [B, labels] fp32.
 """
@@ -38,7 +38,7 @@ class AudioClassification(Classification):
     head_parts = ("projector", "classifier")  # of Whisper's class, whose base is no module of its own
     unit = UNIT
     answered = "audio"
-    families = "wav2vec2, HuBERT, WavLM, AST"
+    families = "wav2vec2, HuBERT, AST"
     metric = "accuracy"
     metrics = ("loss", "accuracy", "macro_f1")
     target_modules = "all-linear"
