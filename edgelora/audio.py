@@ -89,7 +89,7 @@ class AudioProcessor:
         return resample(wave, rate, self.rate)
 
     def features(self, wave: Wave) -> Wave:
-        """Return what the network reads of a waveform: itself [S], or a spectrogram, padded to the window where there is one."""
+        """Return what the network reads of a waveform: itself [S], or a spectrogram, padded to the window if there is one."""
         if self.kind == "whisper":
             assert self.window is not None
             return whisper_features(wave, samples=self.window, bins=self.bins, rate=self.rate)
@@ -108,7 +108,7 @@ class AudioProcessor:
         return ((found - self.mean) / (self.std * 2)).astype(np.float32) if self.normalize else found
 
     def _seamless(self, wave: Wave) -> Wave:
-        """Return [frames / 2, 2 · bins]: two frames side by side, each bin without mean and deviation; the last may be zeros."""
+        """Return [frames / 2, 2 · bins]: two frames side by side, bins without mean and deviation; the last may be zeros."""
         found = kaldi_features(wave * np.float32(2**15), bins=self.bins, rate=self.rate, window=povey())
         deviation = np.sqrt(found.var(0, ddof=1 if len(found) > 1 else 0) + VARIANCE)
         found = ((found - found.mean(0)) / deviation).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Spectrograms in numpy, as transformers' feature extractors compute them (transformers.audio_utils): mel filters and frames."""
+"""Spectrograms in numpy, as transformers' feature extractors compute them (transformers.audio_utils)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def whisper_features(wave: Wave, *, samples: int, bins: int, rate: int, frame: i
     mel = np.full((bins, count), WHISPER_FLOOR)
     mel[:, :heard] = np.maximum(slaney_filters(bins, frame // 2 + 1, rate).T @ power.T, WHISPER_FLOOR)
     logarithm = np.log10(mel)
-    return ((np.maximum(logarithm, logarithm.max() - WHISPER_RANGE) + 4.0) / 4.0).astype(np.float32)
+    return np.asarray((np.maximum(logarithm, logarithm.max() - WHISPER_RANGE) + 4.0) / 4.0, np.float32)
 
 
 def kaldi_features(wave: Wave, *, bins: int, rate: int, window: NDArray[np.float64]) -> Wave:
@@ -82,8 +82,9 @@ def kaldi_filters(bins: int, rate: int) -> Filters:
     def mel(frequency: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.asarray(1127.0 * np.log(1.0 + frequency / 700.0))
 
-    low, high = mel(np.array([20.0, rate // 2]))
-    return triangles(mel(rate / (2 * (KALDI_BINS - 1)) * np.arange(KALDI_BINS)), np.linspace(low, high, bins + 2))
+    low, high = mel(np.array([20.0, rate // 2])).tolist()
+    corners = np.asarray(np.linspace(low, high, bins + 2), np.float64)
+    return triangles(mel(rate / (2 * (KALDI_BINS - 1)) * np.arange(KALDI_BINS)), corners)
 
 
 def triangles(points: NDArray[np.float64], corners: NDArray[np.float64]) -> Filters:

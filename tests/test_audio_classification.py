@@ -28,7 +28,7 @@ TASK = "audio-classification"
 
 @pytest.fixture(scope="module")
 def sounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.save_sounds(tmp_path_factory.mktemp("sounds") / "rows", rows=48)
+    return tiny.save_sounds(tmp_path_factory.mktemp("sounds") / "rows", rows=30)
 
 
 @pytest.mark.parametrize("family", tiny.SPEECH)
@@ -54,7 +54,9 @@ def test_weights_as_direction_and_length_have_two_names(tmp_path: Path) -> None:
     folder = tiny.save_speech(tmp_path, "wav2vec2")
     tensors = load_file(folder / "model.safetensors")
     old = {
-        name.replace("parametrizations.weight.original0", "weight_g").replace("parametrizations.weight.original1", "weight_v"): t
+        name.replace("parametrizations.weight.original0", "weight_g").replace(
+            "parametrizations.weight.original1", "weight_v"
+        ): t
         for name, t in tensors.items()
     }
     assert old.keys() != tensors.keys()
@@ -64,10 +66,10 @@ def test_weights_as_direction_and_length_have_two_names(tmp_path: Path) -> None:
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
 
 
-@pytest.mark.parametrize(("family", "precision", "layers"), [("wav2vec2", "fp32", 0), ("hubert", "int4", 13), ("ast", "int4", 12)])
+@pytest.mark.parametrize(("family", "precision", "layers"), [("wav2vec2_layer", "int4", 13), ("ast", "int4", 12)])
 def test_the_whole_line(family: str, precision: str, layers: int, sounds: Path, tmp_path: Path) -> None:
     model = tiny.save_speech(tmp_path / "model", family, labels=7)
-    config = FinetuneConfig(precision=precision, epochs=8.0, batch_size=8, rank=4, learning_rate=1e-2)
+    config = FinetuneConfig(precision=precision, max_steps=8, batch_size=8, rank=4, learning_rate=1e-2, threads=1)
     figures = finetune(str(model), str(sounds), tmp_path / "run", config)
     assert figures["valid"]["accuracy"] > 0.6
     exported = export(str(tmp_path / "run"), tmp_path / "bundle", precision=precision, force=True)
@@ -116,5 +118,5 @@ def test_long_sounds_are_refused_or_cut(sounds: Path, tmp_path: Path) -> None:
 def test_a_family_that_cannot_be_adapted_is_refused() -> None:
     from edgelora.models.network import build_network
 
-    with pytest.raises(ModelError, match="wavlm.*cannot be adapted"):
+    with pytest.raises(ModelError, match=r"wavlm.*cannot be adapted"):
         build_network({"model_type": "wavlm"}, "AutoModelForAudioClassification")

@@ -192,7 +192,13 @@ SPEECH: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def save_speech(
-    folder: Path, family: str = "wav2vec2", *, head: str = "AudioClassification", labels: int = 3, seed: int = 0, **overrides: Any
+    folder: Path,
+    family: str = "wav2vec2",
+    *,
+    head: str = "AudioClassification",
+    labels: int = 3,
+    seed: int = 0,
+    **overrides: Any,
 ) -> Path:
     """Save a random network on sound of a family of SPEECH with a head (AudioClassification, CTC) and its feature extractor."""
     import torch

@@ -19,7 +19,14 @@ from edgelora.audio import AudioProcessor
 from edgelora.tasks.base import Column, Example, GraphTensor, Row
 from edgelora.tasks.classified import Classification
 from edgelora.tasks.sounds import (
-    UNIT, cut_sound, length_problems, sound_arrays, sound_inputs, sound_problems, sound_shown, trial_waves,
+    UNIT,
+    cut_sound,
+    length_problems,
+    sound_arrays,
+    sound_inputs,
+    sound_problems,
+    sound_shown,
+    trial_waves,
 )  # fmt: skip
 
 BEST = 5
