@@ -56,7 +56,7 @@ def folder_files(folder: Path, name: str) -> Files:
 
 
 def labelled_folders(folder: Path) -> Files:
-    """Return FOLDER/{train,valid,test} where these hold pictures or sounds by label, else FOLDER as train where it does; or {}."""
+    """Return FOLDER/{train,valid,test} where these hold pictures or sounds by label, else FOLDER as train, or {}."""
     inside = [path for path in folder.iterdir() if path.is_dir() and not hidden(path.relative_to(folder))]
     named = {split: [path for path in inside if path.name.lower() in names] for split, names in SPLITS.items()}
     files = {split: paths for split, paths in named.items() if any(map(has_labelled, paths))}
