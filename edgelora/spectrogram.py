@@ -84,7 +84,8 @@ def kaldi_filters(bins: int, rate: int) -> Filters:
 
     low, high = mel(np.array([20.0, rate // 2])).tolist()
     corners = np.asarray(np.linspace(low, high, bins + 2), np.float64)
-    return triangles(mel(rate / (2 * (KALDI_BINS - 1)) * np.arange(KALDI_BINS)), corners)
+    places = np.asarray(rate / (2 * (KALDI_BINS - 1)) * np.arange(KALDI_BINS), np.float64)
+    return triangles(mel(places), corners)
 
 
 def triangles(points: NDArray[np.float64], corners: NDArray[np.float64]) -> Filters:

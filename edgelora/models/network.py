@@ -21,14 +21,11 @@ from edgelora.models.linear import FrozenEmbedding, FrozenLinear, FrozenWeight
 from edgelora.models.parts import Parts
 from edgelora.models.recompute import Calls, Keeping, Shelf
 from edgelora.models.source import ModelSource
+from edgelora.models.speech import refuse_unfit, stop_at_waveform, without_chance
 from edgelora.tasks.base import Task
 
 BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
 WORD_EMBEDDINGS = ("word_embeddings", "tok_embeddings", "embed_tokens")
-# Masks and skipped layers of speech networks, drawn at random in training from scratch
-UNUSED = {"mask_time_prob": 0.0, "mask_feature_prob": 0.0, "apply_spec_augment": False, "layerdrop": 0.0}
-
-UNFIT = {"wavlm": "its attention reads the weights of its projections itself, where adapters are not seen"}
 
 
 class Network(nn.Module):
@@ -153,9 +150,7 @@ def load_network(
     weights = open_base(source, sections, base_bits, block_size) if stored else source
     _fill(network, weights, base_bits, block_size, parts, heads, drawn)
     network.requires_grad_(False)
-    for module in network.modules():
-        if hasattr(module, "_requires_grad"):  # a speech network's, that its waveform gets a gradient
-            module._requires_grad = False
+    stop_at_waveform(network)
     for name, parameter in network.named_parameters():
         if name.startswith(tuple(f"{head}." for head in heads)):
             parameter.requires_grad_(True)
@@ -167,16 +162,13 @@ def build_network(config: dict[str, Any], auto_class: str, labels: Sequence[str]
     import transformers
 
     kind = str(config.get("model_type"))
-    if kind in UNFIT:
-        raise ModelError(f'models of the type "{kind}" cannot be adapted: {UNFIT[kind]}')
+    refuse_unfit(kind)
     values = {key: value for key, value in config.items() if key not in ("model_type", "num_labels")}
     if labels:
         values["id2label"] = dict(enumerate(labels))
         values["label2id"] = {label: number for number, label in enumerate(labels)}
     try:
-        settings = transformers.AutoConfig.for_model(kind, **values)
-        for name in [name for name in UNUSED if hasattr(settings, name)]:
-            setattr(settings, name, UNUSED[name])
+        settings = without_chance(transformers.AutoConfig.for_model(kind, **values))
         with parameters_on_meta():
             return getattr(transformers, auto_class).from_config(settings, dtype=torch.float32)
     except ValueError as error:
