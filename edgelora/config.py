@@ -120,6 +120,11 @@ class FinetuneConfig:
         "Block scales while rounding: of each block's extreme, or learned beside the adapters.",
         choices=("max", "learned"),
     )
+    grid_activations: str = setting(
+        "float",
+        "What adapted layers see while rounding: inputs as they are, or in int8 as ONNX Runtime's fast kernels take them.",
+        choices=("float", "int8"),
+    )
     grid_warmup: float = setting(0.0, "Share of the steps before rounding begins.", allowed=SHARE)
     evaluations: int = setting(4, "Times that the validation rows are scored during training.", allowed=AT_LEAST_0)
     patience: int | None = setting(None, "Stop after this many evaluations without a better one.", allowed=AT_LEAST_1)

@@ -131,6 +131,7 @@ def put_on_grid(model: nn.Module, grid: dict[str, Any]) -> None:
         if path not in grid["bits"]:  # a convolution, which ships as it is
             continue
         adapter.grid = (int(grid["bits"][path]), int(grid["block_size"]))
+        adapter.int8_input = grid.get("activations") == "int8"
         if grid.get("scales") == "learned" and adapter.grid[0] < 8:
             adapter.learn_scales()
 

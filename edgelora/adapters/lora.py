@@ -115,6 +115,7 @@ class LoRA(nn.Module):
         self.enabled = True
         self.grid: tuple[int, int] | None = None
         self.unrounded = False
+        self.int8_input = False
         self.log_scales: nn.Parameter | None = None
         self.start: QuantizedTensor | None = None
         self.shipped: QuantizedTensor | None = None
@@ -216,6 +217,11 @@ class LoRA(nn.Module):
     def apart(self) -> bool:
         """Whether s·BA is added to the frozen layer's product, and is not part of the weight, as it is on the grid."""
         return not self.enabled or self.grid is None or self.unrounded
+
+    @property
+    def input_block(self) -> int:
+        """The block size by which the input is rounded to int8, as the fast kernels of the device do; 0: it is not."""
+        return self.grid[1] if self.int8_input and self.grid is not None and not self.apart else 0
 
     def trained(self) -> tuple[Factors, Factors] | None:
         """Return the parameters themselves, and how they act, unless the adapter is switched off."""

@@ -13,22 +13,10 @@ from torch import Tensor, nn
 from edgelora.adapters.lora import LoRA
 from edgelora.export.graph import Array
 from edgelora.models.linear import FrozenLinear
-from edgelora.quant.grid import QuantizedTensor, to_blocks
+from edgelora.quant.grid import QuantizedTensor, round_to_int8
 
 if TYPE_CHECKING:
     from edgelora.models.decoder import Decoder
-
-
-def round_to_int8(x: Tensor, block_size: int) -> Tensor:
-    """Return x `[…, K]` rounded to int8 with one scale, max / 127, per block. Source: MLAS, the CompInt8 kernels' QuantizeARow.
-
-    On AVX2 and AVX-512 a MatMulNBits of 4 or 8 bits equals the product with this to 3e-7 of its output.
-    """
-    flat = x.reshape(-1, x.shape[-1])
-    blocks = to_blocks(flat, block_size)
-    scales = blocks.abs().amax(-1, keepdim=True) / 127
-    codes = torch.round(blocks / torch.where(scales == 0, torch.ones_like(scales), scales))
-    return (codes * scales).reshape(flat.shape[0], -1)[:, : x.shape[-1]].reshape(x.shape)
 
 
 @contextmanager

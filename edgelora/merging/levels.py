@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from edgelora.export.reference import round_to_int8, rounded_activations
+from edgelora.export.reference import rounded_activations
 from edgelora.models.linear import FrozenLinear
 from edgelora.models.walk import listening
+from edgelora.quant.grid import round_to_int8
 
 if TYPE_CHECKING:
     from edgelora.merging.calibration import Calibration

@@ -194,6 +194,11 @@ class FrozenLinear(nn.Module):
         return self.weight.bits
 
     @property
+    def input_block(self) -> int:
+        """An input is taken as it is."""
+        return 0
+
+    @property
     def quantized(self) -> QuantizedTensor | None:
         return self.weight.data if isinstance(self.weight.data, QuantizedTensor) else None
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from edgelora.models import elementwise, gemm
 from edgelora.models.elementwise import Elementwise
 from edgelora.models.linear import FrozenLinear, joined, part_of, scratch, write
-from edgelora.quant.grid import QuantizedTensor
+from edgelora.quant.grid import QuantizedTensor, round_to_int8
 
 Weight = Tensor | QuantizedTensor
 TILE = 1 << 23  # elements unpacked at once: 32 MB
@@ -47,6 +47,7 @@ class Member(Protocol):
 
     trained: the parameters, and how they act: their first rows and columns are the parameters; None without an adapter.
     apart: whether the adapter's product is added to the weight's, and not part of `weight_data`, the weight as it is stored.
+    input_block: the block size by which the input is rounded to int8, whose gradient is taken as 1; 0: taken as it is.
     scaled: the trained parameter of the weight's block scales, None where they are frozen; scale_gradient: its gradient for
     the gradient `[T, N]` of this layer's output and the input `[T, K]`.
     """
@@ -57,6 +58,8 @@ class Member(Protocol):
     def in_weight_space(self) -> bool: ...
     @property
     def apart(self) -> bool: ...
+    @property
+    def input_block(self) -> int: ...
     def trained(self) -> tuple[Factors, Factors] | None: ...
     def weight_data(self) -> Weight: ...
     def scaled(self) -> Tensor | None: ...
@@ -137,6 +140,8 @@ class LinearGroup:
 
     def product(self, h_TK: Tensor) -> Tensor:
         """Return h Wᵀ `[T, N]`, W without what is apart."""
+        block = min(member.input_block for member in self.members)
+        h_TK = round_to_int8(h_TK, block) if block else h_TK
         y_TN: Tensor | None = None
         for rows, weight in self.tiles():
             part = gemm.product(h_TK, weight)

@@ -29,7 +29,7 @@ ALLOCATOR = {32: 1.1, 16: 1.1}
 ENCODER_ALLOCATOR = 1.2  # fitted to four settings of MiniLM, GROWTH counted apart
 ROUNDING = 32 << 20  # what the temporaries of rounding leave in the heap where training is on the grid
 GROWTH = 20 << 20  # of the heap over the first steps
-HOLES, HOLES_SHARE = 20 << 20, 0.04  # pieces of other lengths leave other holes: a share of what is kept in the heap, in fp32
+HOLES, HOLES_SHARE = 40 << 20, 0.04  # pieces of other lengths leave other holes: a share of what is kept in the heap, in fp32
 GROWING = "growth of the heap"  # the part that a probe cannot see
 ENCODER_MODULES = 150 << 20  # transformers' modelling code, imported for encoders only
 

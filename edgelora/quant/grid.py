@@ -138,3 +138,14 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     per_byte = 8 // bits
     parts = [(packed >> (bits * position)) & (2**bits - 1) for position in range(per_byte)]
     return torch.stack(parts, -1).view(*packed.shape[:-1], -1)
+
+
+def round_to_int8(x: Tensor, block_size: int) -> Tensor:
+    """Return x `[…, K]` rounded to int8 with one scale, max / 127, per block. Source: MLAS, the CompInt8 kernels' QuantizeARow.
+
+    On AVX2 and AVX-512 a MatMulNBits of 4 or 8 bits equals the product with this to 3e-7 of its output.
+    """
+    blocks = to_blocks(x.reshape(-1, x.shape[-1]), block_size)
+    scales = torch.linalg.vector_norm(blocks, torch.inf, -1, keepdim=True).div_(127)
+    codes = torch.div(blocks, scales.masked_fill(scales == 0, 1.0)).round_()
+    return codes.mul_(scales).view(codes.shape[0], -1)[:, : x.shape[-1]].reshape(x.shape)

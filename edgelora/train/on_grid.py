@@ -56,7 +56,8 @@ def choose_grid(model: Decoder | Network, config: FinetuneConfig) -> dict[str, A
     # The start is kept beside W0 (train/start.py): not where the memory leaves W0 no more than 8 bits.
     roomy = min(layer.bits for layer in linears.values()) >= LEAST_START_BITS
     begin = config.grid_start if roomy and PRECISION_BITS[config.precision] == 4 else "nearest"
-    return {**grid, "start": begin, "scales": config.grid_scales, "warmup": config.grid_warmup}
+    learned = {"scales": config.grid_scales, "activations": config.grid_activations}
+    return {**grid, "start": begin, **learned, "warmup": config.grid_warmup}
 
 
 @contextmanager
