@@ -10,9 +10,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from edgelora.quant.gptq import CHUNK_ROWS, round_inputs
+
 FACTORS = (1.0, 0.97, 0.94, 0.9, 0.86, 0.8)  # scales tried, in units of a block's signed extreme / -2^(bits-1)
 INSIDE = 0.46  # of a step: how far a weight may be from its code, so that storing it in 8 bits leaves it there
-CHUNK_ROWS = 4096  # outputs at once: they do not depend on each other
 
 
 @torch.no_grad()
@@ -25,32 +26,31 @@ def compensated(weight_NK: Tensor, factor_KK: Tensor, bits: int, block_size: int
     found = torch.empty(weight_NK.shape)
     for start in range(0, weight_NK.shape[0], CHUNK_ROWS):
         rows = slice(start, start + CHUNK_ROWS)
-        found[rows] = _compensated(weight_NK[rows].t().float().clone(), factor_KK, bits, block_size).t()
+        weight_KN = weight_NK[rows].t().float().clone()
+        rounder = _Kept(torch.empty_like(weight_KN), bits)
+        round_inputs(weight_KN, factor_KK, block_size, rounder)
+        found[rows] = rounder.found_KN.t()
     return found
 
 
-def _compensated(weight_KN: Tensor, factor_KK: Tensor, bits: int, block_size: int) -> Tensor:
-    """The same of the transposed weight, which is overwritten."""
-    num_inputs, half = weight_KN.shape[0], 2 ** (bits - 1)
-    found_KN = torch.empty_like(weight_KN)
-    for start in range(0, num_inputs, block_size):
-        stop = min(start + block_size, num_inputs)
-        block_BN, factor_BB = weight_KN[start:stop], factor_KK[start:stop, start:stop]
-        # An error of input i costs (w - q)² / U_ii² once those after it have made up for it.
-        scales_N, extreme_N = choose(block_BN, torch.diagonal(factor_BB).square().reciprocal(), bits)
-        reach_N = scales_N.abs() * INSIDE
-        errors_BN = torch.empty_like(block_BN)
-        for i in range(stop - start):
-            wanted_N = block_BN[i]
-            codes_N = torch.div(wanted_N, scales_N).round_().clamp_(-half, half - 1)
-            codes_N.masked_fill_(extreme_N == i, -half)
-            rounded_N = codes_N * scales_N
-            off_N = torch.minimum(torch.maximum(wanted_N - rounded_N, -reach_N), reach_N)
-            found_KN[start + i] = rounded_N + off_N.masked_fill_(codes_N == -half, 0.0)
-            torch.div(wanted_N - rounded_N, factor_BB[i, i], out=errors_BN[i])
-            block_BN[i + 1 :].addr_(factor_BB[i, i + 1 :], errors_BN[i], alpha=-1)
-        weight_KN[stop:].addmm_(factor_KK[start:stop, stop:].t(), errors_BN, alpha=-1)
-    return found_KN
+class _Kept:
+    """A Rounder that keeps the weights as they were when their turn came, as far as they round to the same code."""
+
+    def __init__(self, found_KN: Tensor, bits: int) -> None:
+        self.found_KN, self.bits, self.half, self.start = found_KN, bits, 2 ** (bits - 1), 0
+
+    def begin(self, start: int, block_BN: Tensor, importance_B: Tensor) -> None:
+        self.start = start
+        self.scales_N, self.extreme_N = choose(block_BN, importance_B, self.bits)
+        self.reach_N = self.scales_N.abs() * INSIDE
+
+    def round(self, i: int, wanted_N: Tensor) -> Tensor:
+        codes_N = torch.div(wanted_N, self.scales_N).round_().clamp_(-self.half, self.half - 1)
+        codes_N.masked_fill_(self.extreme_N == i - self.start, -self.half)
+        rounded_N = codes_N * self.scales_N
+        off_N = torch.minimum(torch.maximum(wanted_N - rounded_N, -self.reach_N), self.reach_N)
+        self.found_KN[i] = rounded_N + off_N.masked_fill_(codes_N == -self.half, 0.0)
+        return rounded_N
 
 
 def choose(block_BN: Tensor, importance_B: Tensor, bits: int) -> tuple[Tensor, Tensor]:

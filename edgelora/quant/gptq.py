@@ -10,12 +10,14 @@ kernels).
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from edgelora.errors import ModelError
 from edgelora.quant.clip import best_scales
-from edgelora.quant.grid import QuantizedTensor, pack, to_blocks
+from edgelora.quant.grid import QuantizedTensor, choose_scales, pack, to_blocks
 
 DAMPING = 0.01  # share of the mean diagonal added to it, as in the paper
 MOST_DAMPING = 1.0
@@ -33,49 +35,66 @@ def gptq(
     parts, error = [], 0.0
     for start in range(0, weight_NK.shape[0], CHUNK_ROWS):
         rows = weight_NK[start : start + CHUNK_ROWS]
-        codes, scales, found = _round(rows.t().float().contiguous(), factor_KK, bits, block_size, search=search)
-        parts.append((codes, scales))
-        error += found
+        rounder = _ToGrid(rows.shape[1], rows.shape[0], bits, block_size, search)
+        error += round_inputs(rows.t().float().contiguous(), factor_KK, block_size, rounder)
+        codes = rounder.signed_KN.t().add(rounder.half).to(torch.uint8)
+        parts.append((pack(to_blocks(codes, block_size), bits), torch.stack(rounder.scales, 1)))
     codes, scales = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     return QuantizedTensor(codes, scales, bits, block_size, weight_NK.shape[1]), error
 
 
-def _round(weight_KN: Tensor, factor_KK: Tensor, bits: int, block_size: int, *, search: bool) -> tuple[Tensor, Tensor, float]:
-    """Return packed codes `[N, blocks, bytes]`, scales `[N, blocks]` and the error; `weight_KN` is overwritten."""
+class Rounder(Protocol):
+    """What becomes of a weight whose turn has come."""
+
+    def begin(self, start: int, block_BN: Tensor, importance_B: Tensor) -> None:
+        """See a block of inputs as earlier ones have left it. An error of input i costs (w - q)² / U_ii² once those after it
+        have made up for it: `importance_B`."""
+        ...
+
+    def round(self, i: int, wanted_N: Tensor) -> Tensor:
+        """Return what input i's weights `[N]` are rounded to."""
+        ...
+
+
+def round_inputs(weight_KN: Tensor, factor_KK: Tensor, block_size: int, rounder: Rounder) -> float:
+    """Round one input after the other, those to come taking up each error; return the error. `weight_KN` is overwritten."""
     num_inputs, num_outputs = weight_KN.shape
-    columns = max(COLUMNS, block_size)
-    signed_KN = torch.zeros(-(-num_inputs // block_size) * block_size, num_outputs)
-    scales, error = [], 0.0
+    columns, error = max(COLUMNS, block_size), 0.0
+    importance_K = torch.diagonal(factor_KK).square().reciprocal()
     for start in range(0, num_inputs, columns):
         stop = min(start + columns, num_inputs)
         errors = torch.empty(stop - start, num_outputs)
         for i in range(start, stop):
             if i % block_size == 0:
-                scales.append(_scales(weight_KN[i : i + block_size], factor_KK, i, bits, block_size, search=search))
+                rounder.begin(i, weight_KN[i : i + block_size], importance_K[i : i + block_size])
             row = factor_KK[i]
-            signed_KN[i] = (weight_KN[i] / scales[-1]).round_().clamp_(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-            errors[i - start] = torch.addcmul(weight_KN[i], signed_KN[i], scales[-1], value=-1).div_(row[i])
+            torch.sub(weight_KN[i], rounder.round(i, weight_KN[i]), out=errors[i - start]).div_(row[i])
             if i + 1 < stop:
                 weight_KN[i + 1 : stop].addr_(row[i + 1 : stop], errors[i - start], alpha=-1)
         if stop < num_inputs:
             weight_KN[stop:].addmm_(factor_KK[start:stop, stop:].t(), errors, alpha=-1)
         error += errors.square_().sum(dtype=torch.float64).item()
-    codes = signed_KN.t().add(2 ** (bits - 1)).to(torch.uint8)
-    return pack(to_blocks(codes, block_size), bits), torch.stack(scales, 1), error
+    return error
 
 
-def _scales(block_BN: Tensor, factor_KK: Tensor, start: int, bits: int, block_size: int, *, search: bool) -> Tensor:
-    """Return the scales `[N]` of a block `[at most block_size, N]` as earlier blocks have left it.
+class _ToGrid:
+    """A Rounder that keeps codes `[K, N]`, without zero point, and the scales `[N]` of each block."""
 
-    An error of input i costs (w - q)² / U_ii² once those after it have made up for it: the importance in the search.
-    """
-    blocks_NB = block_BN.t().contiguous()
-    diagonal = torch.diagonal(factor_KK)[start : start + block_size]
-    if search:
-        return best_scales(blocks_NB, bits, diagonal.square().reciprocal())
-    low, high = blocks_NB.amin(-1), blocks_NB.amax(-1)
-    scales = (torch.where(high > -low, high, low) / -(2 ** (bits - 1))).bfloat16().float()
-    return torch.where(scales == 0, torch.ones_like(scales), scales)
+    def __init__(self, num_inputs: int, num_outputs: int, bits: int, block_size: int, search: bool) -> None:
+        self.signed_KN = torch.zeros(-(-num_inputs // block_size) * block_size, num_outputs)
+        self.scales: list[Tensor] = []
+        self.bits, self.half, self.search = bits, 2 ** (bits - 1), search
+
+    def begin(self, start: int, block_BN: Tensor, importance_B: Tensor) -> None:
+        blocks_NB = block_BN.t().contiguous()
+        if self.search:
+            self.scales.append(best_scales(blocks_NB, self.bits, importance_B))
+        else:
+            self.scales.append(choose_scales(blocks_NB, self.bits, blocks_NB.shape[1])[:, 0])
+
+    def round(self, i: int, wanted_N: Tensor) -> Tensor:
+        torch.div(wanted_N, self.scales[-1], out=self.signed_KN[i]).round_().clamp_(-self.half, self.half - 1)
+        return self.signed_KN[i] * self.scales[-1]
 
 
 def inverse_factor(hessian_KK: Tensor, damping: float = DAMPING) -> Tensor:
