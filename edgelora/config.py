@@ -16,6 +16,9 @@ from edgelora.errors import SettingsError, did_you_mean
 Config = TypeVar("Config", "FinetuneConfig", "GenerateConfig", "ServeConfig")
 
 
+PRECISIONS = ("int4", "int8", "int3", "int2", "fp32")  # of what ships, the usual one first
+
+
 @dataclass(frozen=True)
 class Range:
     """The numbers allowed: from `low` (or above it) up to `high`."""
@@ -52,7 +55,7 @@ class FinetuneConfig:
     ram: int | None = setting(
         None, "Memory that the whole run may use: 1GB, 570MB. Default: half of what is free.", flag=True, allowed=ABOVE_0
     )
-    precision: str = setting("int4", "What will ship.", flag=True, choices=("int4", "int8", "fp32"))
+    precision: str = setting("int4", "What will ship.", flag=True, choices=PRECISIONS)
     method: str = setting(
         "lora", "What is trained: LoRA adapters, or the block scales of fixed integers.", flag=True, choices=("lora", "scales")
     )

@@ -99,8 +99,9 @@ NAMES = {"merged": "merged and rounded", "onnx": "of the bundle in ONNX Runtime"
 def what_keeps_more(precision: str, trained: Mapping[str, Any], *, calibrated: bool) -> list[str]:
     """Return what would keep more of the gain than shipping in `precision` did. trained: the run's grid, {} without one."""
     found = []
-    if precision == "int4":
-        found.append("--precision int8: twice the bytes, next to no loss")
+    if precision in ("int2", "int3", "int4"):
+        more = "int8" if precision == "int4" else "int4"
+        found.append(f"--precision {more}: more bytes, and next to no loss")
     if not calibrated and trained.get("precision") != precision:
         found.append("--calibrate ROWS: rounding that makes up for its errors on your rows")
     if trained.get("precision") != precision:

@@ -33,3 +33,12 @@ def test_outliers_stop_at_their_share_of_the_weights_worst_first() -> None:
 
 def test_no_linear_layers_is_no_outliers() -> None:
     assert outliers({}, {}) == []
+
+
+def test_two_bits_raise_outliers_to_4_and_three_are_half_and_half() -> None:
+    errors = {path: 0.3 + 0.001 * number for number, path in enumerate(ERRORS)}
+    two, three = (choose_bits(precision, SHAPES, errors, {"embed"}) for precision in ("int2", "int3"))
+    assert two["embed"] == three["embed"] == 8
+    assert [path for path in ERRORS if two[path] == 4] == ["layers.18", "layers.19"]
+    assert {two[path] for path in ERRORS} == {2, 4}
+    assert [path for path in ERRORS if three[path] == 4] == [f"layers.{i}" for i in range(10, 20)]

@@ -26,7 +26,7 @@ def test_every_problem_of_a_toml_file_at_once(tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
     file.write_text(
         'learnin_rate = 1\nrank = "8"\nram = "lots"\nepochs = nan\nbatch_size = 0\ndora = 1\nseed = true\n'
-        'precision = "int3"\ncolumns = {prompt = 1}\ndropout = 1.5\nmax_steps = 4\nmax-steps = 5\n'
+        'precision = "int5"\ncolumns = {prompt = 1}\ndropout = 1.5\nmax_steps = 4\nmax-steps = 5\n'
     )
     with pytest.raises(SettingsError) as caught:
         load_toml(file, FinetuneConfig())
@@ -39,7 +39,7 @@ def test_every_problem_of_a_toml_file_at_once(tmp_path: Path) -> None:
         '  "batch_size" is 0; allowed: at least 1',
         '  "dora" is 1 (int); allowed: true or false',
         '  "seed" is True (bool); allowed: a whole number',
-        "  \"precision\" is 'int3'; allowed: int4, int8, fp32",
+        "  \"precision\" is 'int5'; allowed: int4, int8, int3, int2, fp32",
         "  \"columns\" is {'prompt': 1}; allowed: strings in it",
         '  "dropout" is 1.5; allowed: 0 to 0.99',
         '  "max-steps" is given twice',

@@ -85,6 +85,11 @@ class BlockScales(nn.Module):
         return not self._forward_pre_hooks
 
     @property
+    def input_block(self) -> int:
+        """An input is taken as it is."""
+        return 0
+
+    @property
     def apart(self) -> bool:
         """Whether the frozen weight is used as it is stored: when switched off."""
         return not self.enabled

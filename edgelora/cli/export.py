@@ -10,13 +10,14 @@ import click
 from edgelora import console
 from edgelora.cli.merge import parsed, rounding_options, shipping_precision
 from edgelora.cli.verb import FOLDER, overwrite_option, verb
+from edgelora.config import PRECISIONS
 from edgelora.errors import SettingsError
 
 
 @verb("export")
 @click.argument("target", metavar="RUN_OR_MERGED_OR_MODEL")
 @click.option("-o", "--output", "out", type=FOLDER, help="Folder to write; must not exist. Not needed with --onto.")
-@click.option("--precision", type=click.Choice(["int4", "int8", "fp32"]), default=None, help="Default: the run's, else int4.")
+@click.option("--precision", type=click.Choice(PRECISIONS), default=None, help="Default: the run's, else int4.")
 @click.option(
     "--for",
     "device",

@@ -10,7 +10,7 @@ import click
 
 from edgelora import console
 from edgelora.cli.verb import FOLDER, output_option, overwrite_option, verb
-from edgelora.config import parse_bytes, parse_columns
+from edgelora.config import PRECISIONS, parse_bytes, parse_columns
 from edgelora.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def show_rounding(result: Mapping[str, Any]) -> None:
 )
 @click.option("--density", type=float, default=0.5, show_default=True, help="What TIES and DARE keep of each adapter.")
 @click.option("--model", help="The base model, where RUN does not name it or has moved; alone, it is rounded as it is.")
-@click.option("--precision", type=click.Choice(["int4", "int8", "fp32"]), default=None, help="Default: the run's, else int4.")
+@click.option("--precision", type=click.Choice(PRECISIONS), default=None, help="Default: the run's, else int4.")
 @rounding_options
 @click.option(
     "--rounding", type=click.Choice(["gptq", "clip", "nearest"]), default=None, help="Default: gptq where there are rows."

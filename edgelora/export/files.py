@@ -16,8 +16,14 @@ from edgelora.folder import write_json
 from edgelora.models.families import rope_parameters
 from edgelora.models.spec import DecoderSpec
 
-MODEL_NAMES = {"int4": "model_q4.onnx", "int8": "model_quantized.onnx", "fp32": "model.onnx"}
-WEB_DTYPES = {"int4": "q4", "int8": "q8", "fp32": "fp32"}
+MODEL_NAMES = {
+    "int2": "model_q2.onnx",
+    "int3": "model_q3.onnx",
+    "int4": "model_q4.onnx",
+    "int8": "model_quantized.onnx",
+    "fp32": "model.onnx",
+}
+WEB_DTYPES = {"int2": "q2", "int3": "q3", "int4": "q4", "int8": "q8", "fp32": "fp32"}
 PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 VOCABULARIES = ("vocab.txt", "vocab.json", "merges.txt", "tokenizer.model")
 COPIED = (*PREPROCESSORS, *VOCABULARIES, "tokenizer.json", "special_tokens_map.json")

@@ -19,7 +19,7 @@ from edgelora.merging.levels import choose_levels
 from edgelora.merging.rounding import METHODS, put, round_model
 from edgelora.models.load import load_model
 from edgelora.models.walk import walk_through
-from edgelora.quant.bits import PRECISION_BITS, Choice, choose_bits
+from edgelora.quant.bits import PRECISION_BITS, Choice, choose_bits, error_bits
 from edgelora.quant.clip import round_clipped
 from edgelora.quant.grid import QuantizedTensor, quantize
 from edgelora.quant.measure import relative_error
@@ -104,7 +104,7 @@ def plan_rounding(inputs: Inputs, wish: Wish, staging: Path) -> RoundingPlan:
     if rows is None:
         if method == "gptq":
             raise SettingsError("GPTQ makes up for errors on rows, and there are none", hint="add --calibrate ROWS")
-        if PRECISION_BITS[wish.precision] == 4:
+        if error_bits(wish.precision) is not None:
             console.say("rounded without rows; --calibrate ROWS (some of the model's own task) would lose less")
         return RoundingPlan(choices, method, facts={"method": method})
     return rounded_with_rows(inputs, rows, choices, method)
@@ -125,9 +125,9 @@ def layer_shapes(adapted: Adapted) -> dict[str, tuple[int, int]]:
 def default_choices(adapted: Adapted, wish: Wish, shapes: Mapping[str, tuple[int, int]]) -> dict[str, Choice]:
     """Return bits by the rule of `quant/bits.py`, and the block size asked for."""
     errors = {}
-    if PRECISION_BITS[wish.precision] == 4:
+    if (few := error_bits(wish.precision)) is not None:
         for path in adapted.layout.linears:
-            errors[path] = relative_error(merged_weight(adapted, path), 4, wish.block_size)
+            errors[path] = relative_error(merged_weight(adapted, path), few, wish.block_size)
     bits = choose_bits(wish.precision, shapes, errors, set(adapted.layout.embeddings))
     return {path: Choice(number, wish.block_size) for path, number in bits.items()}
 

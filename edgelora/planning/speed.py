@@ -18,8 +18,8 @@ from edgelora.planning.shape import ModelShape
 REFERENCE_RATE = 430e9  # fp32 operations a second in large products
 HALF_GAIN = 1.85  # times that with bf16 operands, the passes that round x and y counted
 FULL_SPEED = ((64, 0.65), (128, 0.8), (256, 1.0))  # tokens of a product, share of the rate it reaches
-COPYING = {32: 0.02e-9, 16: 0.035e-9, 8: 0.08e-9, 4: 0.12e-9}  # seconds per weight and unpacking
-COPYING_HALF = {32: 0.06e-9, 16: 0.0, 8: 0.07e-9, 4: 0.11e-9}  # the same to bf16
+COPYING = {32: 0.02e-9, 16: 0.035e-9, 8: 0.08e-9, 4: 0.12e-9, 2: 0.4e-9}  # seconds per weight and unpacking
+COPYING_HALF = {32: 0.06e-9, 16: 0.0, 8: 0.07e-9, 4: 0.11e-9, 2: 0.4e-9}  # the same to bf16
 ROUNDING = 2e-9  # seconds per weight and step of rounding to the grid
 BLOCK_SECONDS = 0.5e-3  # Python and small kernels per block and pass of a piece
 ELEMENT_SECONDS = 0.25e-9  # per value that a block keeps and pass: norms, activations, attention

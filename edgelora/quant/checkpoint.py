@@ -143,8 +143,8 @@ class MergedCheckpoint:
             bits, block_size = layer["bits"], layer["block_size"]
         except (KeyError, ValueError, TypeError):
             return f"{path}: the manifest's entry needs shape, bits and block_size"
-        if bits not in (4, 8) or block_size not in BLOCK_SIZES:
-            return f"{path}: {bits} bits in blocks of {block_size}; allowed: 4 or 8 bits in blocks of {BLOCK_SIZES}"
+        if bits not in (2, 4, 8) or block_size not in BLOCK_SIZES:
+            return f"{path}: {bits} bits in blocks of {block_size}; allowed: 2, 4 or 8 bits in blocks of {BLOCK_SIZES}"
         if not {f"{path}.codes", f"{path}.scales"} <= set(self._stored):
             return f"{path}: no codes or no scales"
         num_blocks = -(-inputs // block_size)

@@ -19,7 +19,7 @@ from edgelora.adapters.lora import LoRA
 from edgelora.errors import FolderError, ModelError
 from edgelora.models.linear import FrozenLinear
 from edgelora.models.weights import Entry, file_entries, read_entry
-from edgelora.quant.bits import PRECISION_BITS, choose_bits
+from edgelora.quant.bits import PRECISION_BITS, choose_bits, error_bits
 from edgelora.quant.grid import QuantizedTensor
 from edgelora.quant.measure import relative_error
 from edgelora.train.start import write
@@ -49,13 +49,13 @@ def choose_grid(model: Decoder | Network, config: FinetuneConfig) -> dict[str, A
     linears = {path: frozen(layer) for path, layer in model.linears().items()}
     shapes = {path: (layer.out_features, layer.in_features) for path, layer in linears.items()}
     errors = {}
-    if PRECISION_BITS[config.precision] == 4:
-        errors = {path: relative_error(layer.weight_fp32(), 4, BLOCK_SIZE) for path, layer in linears.items()}
+    if (few := error_bits(config.precision)) is not None:
+        errors = {path: relative_error(layer.weight_fp32(), few, BLOCK_SIZE) for path, layer in linears.items()}
     bits = choose_bits(config.precision, shapes, errors, ())
     grid = {"precision": config.precision, "block_size": BLOCK_SIZE, "bits": bits}
     # The start is kept beside W0 (train/start.py): not where the memory leaves W0 no more than 8 bits.
     roomy = min(layer.bits for layer in linears.values()) >= LEAST_START_BITS
-    begin = config.grid_start if roomy and PRECISION_BITS[config.precision] == 4 else "nearest"
+    begin = config.grid_start if roomy and few is not None else "nearest"
     learned = {"scales": config.grid_scales, "activations": config.grid_activations}
     return {**grid, "start": begin, **learned, "warmup": config.grid_warmup}
 

@@ -10,7 +10,7 @@ from torch import nn
 from edgelora.adapters import scales
 from edgelora.errors import ModelError, SettingsError
 from edgelora.models.linear import FrozenLinear
-from edgelora.quant.bits import PRECISION_BITS, choose_bits
+from edgelora.quant.bits import PRECISION_BITS, choose_bits, error_bits
 from edgelora.quant.grid import QuantizedTensor
 from edgelora.quant.measure import relative_error
 from edgelora.scales_delta import FILE, codes_digest, read_delta, write_delta
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     Model = Decoder | Network
 
 BLOCK_SIZE = 32
+BASE_BITS = (4, 8)  # that frozen weights are kept in
 
 
 def trains_scales(config: FinetuneConfig) -> bool:
@@ -50,7 +51,7 @@ def refuse_settings(config: FinetuneConfig) -> None:
     names += ("grid_start", "grid_scales")
     problems = [f"{name} is for adapters" for name in names if getattr(config, name) != getattr(default, name)]
     bits = PRECISION_BITS[config.precision]
-    if bits is None:
+    if bits not in BASE_BITS:
         problems.append(f"precision {config.precision} has no block scales; allowed: int4, int8")
     elif config.base_bits not in (None, bits):
         problems.append(f"base_bits is {config.base_bits}; the integers that ship at {config.precision} have {bits}")
@@ -79,8 +80,8 @@ def choose_grid(source: ModelSource, task: str, config: FinetuneConfig) -> dict[
         shapes[path] = weight.shape[0], weight.shape[1]
         if isinstance(weight, QuantizedTensor):
             given[path] = weight.bits
-        elif PRECISION_BITS[config.precision] == 4:
-            errors[path] = relative_error(weight, 4, BLOCK_SIZE)
+        elif (few := error_bits(config.precision)) is not None:
+            errors[path] = relative_error(weight, few, BLOCK_SIZE)
     made = source.merged.manifest.get("precision", config.precision) if source.merged is not None else config.precision
     if made != config.precision:
         raise SettingsError(f"{source.reference} was merged to {made}, not {config.precision}", hint=f"--precision {made}")
