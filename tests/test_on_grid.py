@@ -24,7 +24,7 @@ from edgelora.models.linear import FrozenLinear
 from edgelora.models.load import load_model
 from edgelora.models.source import open_model
 from edgelora.quant.checkpoint import MergedCheckpoint
-from edgelora.quant.grid import QuantizedTensor, dequantize, quantize, unpack
+from edgelora.quant.grid import QuantizedTensor, dequantize, quantize, round_to_int8, unpack
 from edgelora.train import on_grid
 from edgelora.train.checkpoint import State
 from edgelora.train.finetune import finetune
@@ -211,3 +211,18 @@ def test_the_rounded_weight_follows_every_update() -> None:
     optimizer.step()
     assert not torch.equal(layer.rounded().codes, codes)
     assert torch.equal(layer.rounded().codes, quantize(layer.merge(), 4, 32).codes)
+
+
+def test_inputs_are_rounded_as_the_kernels_do_and_the_gradient_goes_through() -> None:
+    """On the grid alone: what is computed without rounding sees its input as it is."""
+    layer = moved(LoRA.from_base(make_linear(bias=False), LoRASettings(rank=4, alpha=8)))
+    layer.grid, layer.input_block = (4, 32), 32
+    x = torch.randn(5, 64, requires_grad=True)
+    weight = dequantize(layer.rounded())
+    found = layer(x)
+    torch.testing.assert_close(found, round_to_int8(x.detach(), 32) @ weight.t(), rtol=1e-4, atol=1e-4)
+    assert (found - x.detach() @ weight.t()).abs().max() > 1e-3
+    found.sum().backward()
+    torch.testing.assert_close(x.grad, weight.sum(0).expand(5, 64), rtol=1e-4, atol=1e-4)
+    layer.unrounded = True
+    torch.testing.assert_close(layer(x), x @ layer.merge().t(), rtol=1e-4, atol=1e-4)

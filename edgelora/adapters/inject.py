@@ -131,7 +131,7 @@ def put_on_grid(model: nn.Module, grid: dict[str, Any]) -> None:
         if path not in grid["bits"]:  # a convolution, which ships as it is
             continue
         adapter.grid = (int(grid["bits"][path]), int(grid["block_size"]))
-        adapter.int8_input = grid.get("activations") == "int8"
+        adapter.input_block = adapter.grid[1] if grid.get("activations") == "int8" else 0
         if grid.get("scales") == "learned" and adapter.grid[0] < 8:
             adapter.learn_scales()
 

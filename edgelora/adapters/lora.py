@@ -1,7 +1,7 @@
 """LoRA (arXiv 2106.09685), one class for every kind of layer: y = base(x) + scale · B A dropout(x).
 
 Whatever the layer, a weight is seen as a matrix `[N, K]` (outputs, inputs), A is `[r, K]`, B is `[N, r]`, and what ships is
-`combine(W0, factors)`. A new kind of layer adds its `forward`; `from_base`, `delta` and `merge` stay as they are.
+`combine(W0, factors)`. A new kind of layer adds its `forward`.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class LoRA(nn.Module):
         self.enabled = True
         self.grid: tuple[int, int] | None = None
         self.unrounded = False
-        self.int8_input = False
+        self.input_block = 0  # by which the input is rounded to int8 there
         self.log_scales: nn.Parameter | None = None
         self.start: QuantizedTensor | None = None
         self.shipped: QuantizedTensor | None = None
@@ -190,8 +190,7 @@ class LoRA(nn.Module):
         base_TN: Tensor = self.base(flat_TK)
         low_TR = nn.functional.dropout(flat_TK, self.dropout, self.training) @ self.lora_A.t()
         if self.lora_magnitude_vector is None:
-            # In place: the base layer's output is nobody else's, and a second [T, N] tensor would be.
-            out_TN = base_TN.addmm_(low_TR, self.lora_B.t(), alpha=self.scale)
+            out_TN = base_TN.addmm_(low_TR, self.lora_B.t(), alpha=self.scale)  # nobody else has the base layer's output
         else:
             out_TN = self._rescale(base_TN, low_TR, self.lora_magnitude_vector)
         return out_TN.view(*x.shape[:-1], -1)
@@ -217,11 +216,6 @@ class LoRA(nn.Module):
     def apart(self) -> bool:
         """Whether s·BA is added to the frozen layer's product, and is not part of the weight, as it is on the grid."""
         return not self.enabled or self.grid is None or self.unrounded
-
-    @property
-    def input_block(self) -> int:
-        """The block size by which the input is rounded to int8, as the fast kernels of the device do; 0: it is not."""
-        return self.grid[1] if self.int8_input and self.grid is not None and not self.apart else 0
 
     def trained(self) -> tuple[Factors, Factors] | None:
         """Return the parameters themselves, and how they act, unless the adapter is switched off."""

@@ -41,6 +41,8 @@ RATE = 4.0
 class BlockScales(nn.Module):
     """A layer on the grid whose block scales are trained. `enabled = False` gives the base layer's output."""
 
+    input_block = 0  # an input is taken as it is
+
     def __init__(self, base: FrozenLinear) -> None:
         super().__init__()
         assert base.quantized is not None, f"{base.path} is not on the grid"
@@ -83,11 +85,6 @@ class BlockScales(nn.Module):
     @property
     def in_weight_space(self) -> bool:
         return not self._forward_pre_hooks
-
-    @property
-    def input_block(self) -> int:
-        """An input is taken as it is."""
-        return 0
 
     @property
     def apart(self) -> bool:

@@ -169,6 +169,8 @@ class FrozenLinear(nn.Module):
 
     bias: Tensor | None
 
+    input_block = 0  # an input is taken as it is
+
     def __init__(self, path: str, weight: FrozenWeight, bias: Tensor | None = None) -> None:
         super().__init__()
         self.path = path
@@ -192,11 +194,6 @@ class FrozenLinear(nn.Module):
     @property
     def bits(self) -> int:
         return self.weight.bits
-
-    @property
-    def input_block(self) -> int:
-        """An input is taken as it is."""
-        return 0
 
     @property
     def quantized(self) -> QuantizedTensor | None:

@@ -140,7 +140,7 @@ class LinearGroup:
 
     def product(self, h_TK: Tensor) -> Tensor:
         """Return h Wᵀ `[T, N]`, W without what is apart."""
-        block = min(member.input_block for member in self.members)
+        block = min(0 if member.apart else member.input_block for member in self.members)
         h_TK = round_to_int8(h_TK, block) if block else h_TK
         y_TN: Tensor | None = None
         for rows, weight in self.tiles():
