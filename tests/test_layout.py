@@ -21,8 +21,20 @@ ALLOWED_LONG: dict[str, str] = {}
 
 # Imports point from a later row to an earlier one, or stay within a row; among those of ORDER_INSIDE, from right to left only.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "config", "folder", "console", "hardware", "memory", "rates", "tokenizer", "chat_template", "images", "audio",
-     "spectrogram"),
+    (
+        "errors",
+        "config",
+        "folder",
+        "console",
+        "hardware",
+        "memory",
+        "rates",
+        "tokenizer",
+        "chat_template",
+        "images",
+        "audio",
+        "spectrogram",
+    ),
     ("tasks",),
     ("data", "quant", "models", "adapters", "bundle", "scales_delta"),
     (
