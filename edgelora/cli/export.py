@@ -24,8 +24,9 @@ from edgelora.errors import SettingsError
     type=click.Choice(["cpu", "web", "mobile"]),
     default="cpu",
     show_default=True,
-    help="Where it will run: recorded in the bundle, whose graph is the same for all so far.",
+    help="Where it will run. web: with a demo page beside it.",
 )
+@click.option("--vendor", type=FOLDER, metavar="NODE_MODULES", help="Of --for web: copy transformers.js from here to the page.")
 @click.option("--model", help="The base model, where RUN does not name it or has moved.")
 @click.option(
     "--max-length", type=click.IntRange(min=1), help="Most tokens of prompt and answer. Default: the model's, up to 2048."
@@ -83,7 +84,10 @@ def export(
     trained = f", {verify['layers_as_trained']} of them as they were trained" if verify.get("layers_as_trained") else ""
     if verify["layers_bit_identical"]:
         console.say(f"{verify['layers_bit_identical']} layers are bit for bit as they were merged{trained}")
-    console.say(f'next: edgelora run {out} "…"')
+    if result["device"] == "web":
+        console.say(f"next: python -m http.server -d {out} 8000, and http://localhost:8000 in a browser; {out / 'README.txt'}")
+    else:
+        console.say(f'next: edgelora run {out} "…"')
     return result
 
 
@@ -113,7 +117,7 @@ def add(
 
     given = {"--precision": precision, "--max-length": options["max_length"]}
     given |= {f"--{key}": options[key] for key in ("calibrate", "columns", "size", "loss")}
-    given |= {"--trim-vocabulary": options["trim_vocabulary"]}
+    given |= {"--trim-vocabulary": options["trim_vocabulary"], "--vendor": options["vendor"]}
     given |= {"--adapters": None if options["adapters"] == "merged" else options["adapters"]}
     if wrong := [flag for flag, value in given.items() if value is not None]:
         raise SettingsError(f"{', '.join(wrong)}: settings of the base bundle, which --onto leaves as it is")

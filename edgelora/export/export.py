@@ -17,6 +17,7 @@ from edgelora.export.results import add_results
 from edgelora.export.trim.passages import Source
 from edgelora.export.trim.trim import trim
 from edgelora.export.verify import check
+from edgelora.export.web import write_page
 from edgelora.export.work import Work
 from edgelora.folder import MANIFEST, new_folder, read_manifest, refuse_existing, write_manifest
 from edgelora.models.families import decoder_spec, rope_parameters
@@ -41,6 +42,7 @@ def export(
     max_length: int | None = None,
     adapters: str = "merged",
     trim_vocabulary: str | None = None,
+    vendor: Path | None = None,
     overwrite: bool = False,
     force: bool = False,
     **wishes: Any,
@@ -52,12 +54,14 @@ def export(
     keeps too little of the adapter's gain, is refused with the figures (ModelError), unless `force` is given. `max_length` is
     the most tokens of prompt and answer together. `adapters`: "merged" into the weights; "static", a run's beside them, in the
     graph; "swap", a base bundle that `add_adapter` (export/onto.py) gives adapters to. `trim_vocabulary`: keep the tokens of a
-    run's rows ("") or of this file's and of a run's (export/trim/). wishes: how `merge` rounds (rounding_plan.Wish: calibrate,
-    columns, size, loss).
+    run's rows ("") or of this file's and of a run's (export/trim/). `vendor`: for `device`
+    "web", see export/web.py. wishes: how `merge` rounds (rounding_plan.Wish: calibrate, columns, size, loss).
 
     Returns the figures of `--json`; `table` has a run's held-out rows scored again.
     """
     refuse_existing(out, overwrite=overwrite)
+    if vendor is not None and device != "web":
+        raise SettingsError("--vendor is for the page of --for web", hint="--for web --vendor node_modules")
     temporary = out.with_name(f".{out.name}.merged")
     with new_folder(out, overwrite=overwrite) as staging, console.progress("exporting", total=4) as bar:
         try:
@@ -77,6 +81,8 @@ def export(
             with work.time("evaluate"):
                 add_results(work, force=force)
             bar.update(1)
+            if device == "web":
+                write_page(staging, vendor)
             write_manifest(staging, "bundle", **work.manifest)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,71 @@
+"""`edgelora export --for web`: a demo page beside the bundle, by task: chat, a text, an image or a recording as input.
+
+    index.html  page.js  worker.js  isolate.js  README.txt      always
+    vendor/                                                     transformers.js and ONNX Runtime for WebAssembly, where --vendor names them
+
+Everything that the page loads is a file of the bundle's folder: it works without a network, and no input leaves the browser.
+The files are from the npm packages @huggingface/transformers (Apache-2.0) and onnxruntime-web (MIT), which it depends on.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from edgelora.errors import SettingsError
+
+PAGE = Path(__file__).parent / "page"
+PAGE_FILES = ("index.html", "page.js", "worker.js", "isolate.js")
+LIBRARY = "@huggingface/transformers/dist/transformers.min.js"
+LICENSE = "@huggingface/transformers/LICENSE"
+RUNTIME = "onnxruntime-web/dist"
+RUNTIME_FILE = re.compile(r"ort-wasm-simd-threaded\.[a-z]+\.(?:mjs|wasm)")  # as the library names what it loads
+README = """\
+This folder is a bundle and a page that runs it in a browser. Serve it and open the page:
+
+    python -m http.server -d . 8000        then http://localhost:8000
+
+Any static file server does; from another machine it must be HTTPS, or the browser gives WebAssembly one thread only.
+Opened as a file, without a server, browsers let no page read the files beside it.
+"""
+VENDOR = """
+transformers.js is missing. Put it beside the page once:
+
+    npm install --ignore-scripts @huggingface/transformers
+    edgelora export … --for web --vendor node_modules --overwrite
+
+or copy into vendor/: {files}
+"""
+
+
+def write_page(folder: Path, vendor: Path | None) -> None:
+    """Write the page into a bundle's folder. vendor: a node_modules folder whose transformers.js is copied along.
+
+    Raises SettingsError where a file is not there.
+    """
+    for name in PAGE_FILES:
+        shutil.copyfile(PAGE / name, folder / name)
+    readme = README
+    if vendor is None:
+        readme += VENDOR.format(files=f"{LIBRARY} and {RUNTIME}/ort-wasm-simd-threaded.asyncify.{{mjs,wasm}}")
+    else:
+        sources = vendored(vendor)
+        (folder / "vendor").mkdir()
+        for source in sources:
+            shutil.copyfile(source, folder / "vendor" / source.name)
+    (folder / "README.txt").write_text(readme, encoding="utf-8")
+
+
+def vendored(modules: Path) -> list[Path]:
+    """Return the files that the page needs of a node_modules folder: the library, its license, and the runtime it names."""
+    library = modules / LIBRARY
+    if not library.is_file():
+        raise SettingsError(
+            f"{modules} has no {LIBRARY}", hint="npm install --ignore-scripts @huggingface/transformers; --vendor node_modules"
+        )
+    names = {Path(name).stem for name in RUNTIME_FILE.findall(library.read_text(encoding="utf-8"))}
+    runtime = [modules / RUNTIME / f"{name}.{suffix}" for name in sorted(names) for suffix in ("mjs", "wasm")]
+    if not runtime or (missing := [path for path in runtime if not path.is_file()]):
+        raise SettingsError(f"{modules} lacks what transformers.js loads: {missing[0] if runtime else RUNTIME}")
+    return [library, modules / LICENSE, *runtime]
