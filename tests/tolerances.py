@@ -113,3 +113,10 @@ PIXELS = {"rtol": 0.0, "atol": 2e-6}
 FEATURES = {"rtol": 0.0, "atol": 3e-4}
 # Resampling against scipy's resample_poly in fp64: a sum of some twenty to sixty fp32 products.
 RESAMPLED = {"rtol": 0.0, "atol": 3e-6}
+
+# Largest distance of a bundle's logits for the browser from the float reference, in standard deviations of the logits: float
+# products of the same dequantized weights, summed in another order (rounded activations are off by 0.01 and more).
+UNPACKED_FLOAT = 1e-4
+
+# Probabilities in a browser against ONNX Runtime here (numpy.testing): the same float products, WebAssembly's kernels.
+BROWSER_PROBABILITIES = {"rtol": 1e-4, "atol": 1e-5}

@@ -24,7 +24,7 @@ from edgelora.errors import SettingsError
     type=click.Choice(["cpu", "web", "mobile"]),
     default="cpu",
     show_default=True,
-    help="Where it will run. web: with a demo page beside it.",
+    help="Where it will run. web: for WebAssembly, with a demo page. mobile: an .ort file too, for Android and iOS.",
 )
 @click.option("--vendor", type=FOLDER, metavar="NODE_MODULES", help="Of --for web: copy transformers.js from here to the page.")
 @click.option("--model", help="The base model, where RUN does not name it or has moved.")
@@ -80,6 +80,8 @@ def export(
     console.facts(f"{out}", shown)
     if result["vocabulary"]:
         console.say(trimmed_text(result["vocabulary"]))
+    if result["mobile"]:
+        console.say(f"for phones: {result['mobile']['file']}, {result['mobile']['size_mb']} MB; docs/phones.md has the code")
     verify = result["verify"]
     trained = f", {verify['layers_as_trained']} of them as they were trained" if verify.get("layers_as_trained") else ""
     if verify["layers_bit_identical"]:

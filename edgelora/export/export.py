@@ -13,11 +13,12 @@ from edgelora.export.branches import base_folder, beside, check_mode, keep_besid
 from edgelora.export.decoder import build_decoder
 from edgelora.export.files import MODEL_NAMES, BundleFacts, special_tokens, write_files
 from edgelora.export.graph import save
+from edgelora.export.mobile import write_mobile
 from edgelora.export.results import add_results
 from edgelora.export.trim.passages import Source
 from edgelora.export.trim.trim import trim
 from edgelora.export.verify import check
-from edgelora.export.web import write_page
+from edgelora.export.web import unpack_for_web, write_page
 from edgelora.export.work import Work
 from edgelora.folder import MANIFEST, new_folder, read_manifest, refuse_existing, write_manifest
 from edgelora.models.families import decoder_spec, rope_parameters
@@ -25,6 +26,8 @@ from edgelora.quant.checkpoint import MergedCheckpoint
 from edgelora.tasks import get_task
 
 if TYPE_CHECKING:
+    from edgelora.export.decoder import DecoderGraph
+    from edgelora.export.traced import TracedGraph
     from edgelora.models.spec import DecoderSpec
 
 MAX_POSITIONS = 16384  # longest sequence of a decoder bundle: the rotary tables are stored for every position
@@ -83,6 +86,8 @@ def export(
             bar.update(1)
             if device == "web":
                 write_page(staging, vendor)
+            if device == "mobile":
+                work.manifest["mobile"] = write_mobile(work)
             write_manifest(staging, "bundle", **work.manifest)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -203,23 +208,26 @@ def write_graph(work: Work, positions: int) -> tuple[str, ...]:
     path = work.staging / "onnx" / MODEL_NAMES[work.precision]
     path.parent.mkdir()
     levels = work.checkpoint.manifest.get("accuracy_levels") or {}
+    built: DecoderGraph | TracedGraph
     if work.spec is not None:
         built = build_decoder(
             work.checkpoint, work.spec, max_positions=positions, accuracy_levels=levels, branches=work.branches
         )
-        work.nodes = built.nodes
-        save(built.model, path)
-        return tuple(str(value.name) for value in built.model.graph.inputs)
-    from edgelora.export.traced import export_traced
+    else:
+        from edgelora.export.traced import build_traced
 
-    traced = export_traced(work.checkpoint, path, levels)
-    work.nodes = traced.nodes
-    return traced.inputs
+        built = build_traced(work.checkpoint, levels)
+    work.nodes = built.nodes
+    if work.device == "web":
+        unpack_for_web(built.model, work.nodes)
+    save(built.model, path)
+    return tuple(str(value.name) for value in built.model.graph.inputs)
 
 
 def exceptions(nodes: dict[str, dict[str, Any]]) -> dict[str, int]:
     """Return the accuracy level of each MatMulNBits node that is not at level 4: the fast kernels' exceptions."""
-    return {name: facts["accuracy_level"] for name, facts in nodes.items() if facts["accuracy_level"] != 4}
+    packed = {name: facts for name, facts in nodes.items() if "unpacked" not in facts}
+    return {name: facts["accuracy_level"] for name, facts in packed.items() if facts["accuracy_level"] != 4}
 
 
 def reach(config: dict[str, Any], spec: DecoderSpec | None) -> int:
@@ -266,6 +274,7 @@ def figures(work: Work, out: Path) -> dict[str, Any]:
         "nodes": len(work.nodes),
         "exceptions": manifest["exceptions"],
         "vocabulary": manifest.get("vocabulary"),
+        "mobile": manifest.get("mobile"),
         "verify": manifest["verify"],
         "seconds": work.seconds,
         "table": manifest["results"],

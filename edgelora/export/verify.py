@@ -235,10 +235,14 @@ def stored_layers(model_path: Path, nodes: Mapping[str, Mapping[str, Any]], weig
     graph = ir.load(model_path).graph
     by_name, layers = {node.name: node for node in graph}, {}
     for name, facts in nodes.items():
-        node = by_name[name]
-        values = [node.inputs[index] for index in (1, 2)]
+        if "unpacked" in facts:
+            values = [graph.initializers.get(facts["unpacked"][part]) for part in ("codes", "scales")]
+            bits, block_size, inputs = facts["bits"], facts["block_size"], facts["unpacked"]["inputs"]
+        else:
+            node = by_name[name]
+            values = [node.inputs[index] for index in (1, 2)]
+            bits, block_size, inputs = (node.attributes[key].as_int() for key in ("bits", "block_size", "K"))
         codes, scales = (value.const_value.numpy() for value in values if value is not None and value.const_value is not None)
-        bits, block_size, inputs = (node.attributes[key].as_int() for key in ("bits", "block_size", "K"))
         for path, (start, stop) in facts["rows"].items():
             layers[path] = Stored(codes[start:stop], scales[start:stop], bits, block_size, inputs)
     missing = []

@@ -1,7 +1,7 @@
 """`edgelora export --for web`: a demo page beside the bundle, by task: chat, a text, an image or a recording as input.
 
     index.html  page.js  worker.js  isolate.js  README.txt      always
-    vendor/                                                     transformers.js and ONNX Runtime for WebAssembly, where --vendor names them
+    vendor/      transformers.js and ONNX Runtime for WebAssembly, where --vendor names them
 
 Everything that the page loads is a file of the bundle's folder: it works without a network, and no input leaves the browser.
 The files are from the npm packages @huggingface/transformers (Apache-2.0) and onnxruntime-web (MIT), which it depends on.
@@ -12,8 +12,13 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
+import onnx_ir as ir
+
+from edgelora import console
 from edgelora.errors import SettingsError
+from edgelora.export.passes.unpack_weights import UNPACKED_BYTES, unpack_weights, unpacked_bytes
 
 PAGE = Path(__file__).parent / "page"
 PAGE_FILES = ("index.html", "page.js", "worker.js", "isolate.js")
@@ -37,6 +42,25 @@ transformers.js is missing. Put it beside the page once:
 
 or copy into vendor/: {files}
 """
+
+
+def unpack_for_web(model: ir.Model, nodes: dict[str, dict[str, Any]]) -> None:
+    """Let the browser unpack the weights when it loads them, and note in the nodes' facts where their codes and scales are.
+
+    A model that would be too large for WebAssembly then keeps them packed, and is slow there.
+    """
+    size = unpacked_bytes(model)
+    if size > UNPACKED_BYTES:
+        console.warn(
+            f"its weights take {size >> 20} MB unpacked, too much for a browser: they stay packed, which is slow there"
+        )
+        return
+    for node in model.graph:
+        if node.op_type == "MatMulNBits" and node.name in nodes:
+            names = [value.name for value in node.inputs[1:3] if value is not None]
+            inputs = node.attributes["K"].as_int()
+            nodes[node.name]["unpacked"] = {"codes": names[0], "scales": names[1], "inputs": inputs}
+    unpack_weights(model)
 
 
 def write_page(folder: Path, vendor: Path | None) -> None:

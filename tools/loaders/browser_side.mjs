@@ -1,0 +1,76 @@
+// transformers.js's side of tools/check_loaders, in headless Chromium: serves the bundle and the npm packages on this machine alone.
+import { createReadStream, existsSync, readFileSync, statSync } from "node:fs";
+import { createServer } from "node:http";
+import { createRequire } from "node:module";
+import { extname, join, normalize } from "node:path";
+
+const modules = join(process.argv[2], "node_modules");
+const { chromium } = createRequire(`${modules}/`)("playwright-core");
+const request = JSON.parse(readFileSync(0, "utf8"));
+const browser = process.env.CHROMIUM ?? ["/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome"].find(existsSync);
+if (!browser) throw new Error("no Chromium here: apt-get install chromium, or name one in CHROMIUM");
+
+const TYPES = { ".html": "text/html", ".js": "text/javascript", ".mjs": "text/javascript", ".wasm": "application/wasm", ".json": "application/json" };
+const PAGE = `<!doctype html><script type="module">
+import { env, pipeline, AutoTokenizer, AutoModelForCausalLM } from "/npm/@huggingface/transformers/dist/transformers.min.js";
+Object.assign(env, { allowRemoteModels: false, allowLocalModels: true, useBrowserCache: false, useWasmCache: false, localModelPath: "/" });
+env.backends.onnx.wasm.wasmPaths = location.origin + "/npm/onnxruntime-web/dist/";
+const words = (task, found) => {
+  const first = Array.isArray(found) ? found[0] : found;
+  if (task === "token-classification") return found.map((span) => [span.word, span.entity]);
+  return first.label ?? first.answer ?? first.text ?? first.generated_text ?? first.translation_text;
+};
+window.run = async ({ task, inputs, new_tokens, dtype }) => {
+  const options = { dtype, device: "wasm" };
+  const said = [];
+  if (task === "text-generation") {
+    const tokenizer = await AutoTokenizer.from_pretrained("bundle", options);
+    const model = await AutoModelForCausalLM.from_pretrained("bundle", options);
+    const stop = [model.generation_config.eos_token_id].flat().map(Number);
+    for (const content of inputs) {
+      const given = tokenizer.apply_chat_template([{ role: "user", content }], { add_generation_prompt: true, return_dict: true });
+      const found = await model.generate({ ...given, max_new_tokens: new_tokens, do_sample: false });
+      said.push(found.tolist()[0].slice(given.input_ids.dims[1]).map(Number).filter((token) => !stop.includes(token)));
+    }
+    return said;
+  }
+  const pipe = await pipeline(task, "bundle", options);
+  for (const given of inputs) said.push(words(task, await (task === "question-answering" ? pipe(...given.split("|")) : pipe(given))));
+  return said;
+};
+window.loaded = true;
+</script>`;
+
+const files = request.inputs.filter((given) => existsSync(given));
+const server = createServer((asked, answer) => {
+  const path = normalize(decodeURIComponent(new URL(asked.url, "http://localhost").pathname));
+  answer.setHeader("Cross-Origin-Opener-Policy", "same-origin");
+  answer.setHeader("Cross-Origin-Embedder-Policy", "require-corp");
+  if (path === "/") { answer.setHeader("Content-Type", "text/html"); answer.end(PAGE); return; }
+  const input = path.match(/^\/input\/(\d+)$/);
+  const file = input ? files[input[1]] : path.startsWith("/npm/") ? join(modules, path.slice(5)) : path.startsWith("/bundle/") ? join(request.bundle, path.slice(8)) : "";
+  if (!file || !existsSync(file) || !statSync(file).isFile()) { answer.statusCode = 404; answer.end(); return; }
+  answer.setHeader("Content-Type", TYPES[extname(file)] ?? "application/octet-stream");
+  answer.setHeader("Content-Length", statSync(file).size);
+  createReadStream(file).pipe(answer);
+});
+server.listen(0, "127.0.0.1", async () => {
+  const window = await chromium.launch({ executablePath: browser, args: ["--no-sandbox"] });
+  let code = 0;
+  try {
+    const page = await window.newPage();
+    page.on("pageerror", (error) => console.error(error.message));
+    page.setDefaultTimeout(1_700_000);
+    await page.goto(`http://127.0.0.1:${server.address().port}/`);
+    await page.waitForFunction("window.loaded");
+    const dtype = JSON.parse(readFileSync(join(request.bundle, "config.json"), "utf8"))["transformers.js_config"].dtype;
+    const inputs = request.inputs.map((given) => existsSync(given) ? `/input/${files.indexOf(given)}` : given);
+    console.log(JSON.stringify(await page.evaluate((given) => window.run(given), { ...request, inputs, dtype })));
+  } catch (error) {
+    console.error(String(error.message ?? error).split("\n")[0]);
+    code = 1;
+  }
+  await window.close();
+  server.close();
+  process.exit(code);
+});
