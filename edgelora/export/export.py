@@ -18,7 +18,7 @@ from edgelora.export.results import add_results
 from edgelora.export.trim.passages import Source
 from edgelora.export.trim.trim import trim
 from edgelora.export.verify import check
-from edgelora.export.web import unpack_for_web, write_page
+from edgelora.export.web import unpack_for_web, vendored, write_page
 from edgelora.export.work import Work
 from edgelora.folder import MANIFEST, new_folder, read_manifest, refuse_existing, write_manifest
 from edgelora.models.families import decoder_spec, rope_parameters
@@ -65,6 +65,8 @@ def export(
     refuse_existing(out, overwrite=overwrite)
     if vendor is not None and device != "web":
         raise SettingsError("--vendor is for the page of --for web", hint="--for web --vendor node_modules")
+    if vendor is not None:
+        vendored(vendor)  # what is missing there is told before anything is made
     temporary = out.with_name(f".{out.name}.merged")
     with new_folder(out, overwrite=overwrite) as staging, console.progress("exporting", total=4) as bar:
         try:

@@ -70,7 +70,7 @@ def write_config(model: Path, config: Path) -> None:
     from onnxruntime.tools.ort_format_model import create_config_from_models
 
     with contextlib.redirect_stdout(io.StringIO()):  # it prints what it reads
-        create_config_from_models([str(model)], str(config), False)
+        create_config_from_models([model], config, False)
 
 
 def operators(config: Path) -> dict[str, list[str]]:
