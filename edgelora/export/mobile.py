@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,7 +70,8 @@ def convert(model: Path, target: Path) -> None:
 def write_config(model: Path, config: Path) -> None:
     from onnxruntime.tools.ort_format_model import create_config_from_models
 
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it reads
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():  # it prints what it reads
+        warnings.simplefilter("ignore", ResourceWarning)  # and leaves closing the file to the interpreter
         create_config_from_models([model], config, False)
 
 
