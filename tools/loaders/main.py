@@ -61,13 +61,13 @@ def check(bundle: Path, inputs: list[str]) -> list[dict[str, Any]]:
     rows = []
     for loader in COMMANDS:
         said, note = ask(loader, bundle, task, inputs)
-        wanted = said if wanted is None else wanted
+        wanted = said if loader == "edgelora run" else wanted
         for place, given in enumerate(inputs):
             row: dict[str, Any] = {"bundle": bundle.name, "loader": loader, "input": given[:40]}
             if said is None:
                 rows.append({**row, "said": note, "same": None})
                 break
-            same = wanted is not None and said[place] == wanted[place]
+            same = None if wanted is None else said[place] == wanted[place]
             rows.append({**row, "said": shown(said[place]), "same": same})
     return rows
 
