@@ -54,6 +54,25 @@ def test_adapter_weights_are_those_of_the_adapters(source: ModelSource, shape: M
     assert costs.adapter_weights(shape, own) > costs.adapter_weights(shape, settings)
 
 
+def test_what_the_grid_keeps_is_what_its_tensors_take(source: ModelSource, shape: ModelShape) -> None:
+    """The rounded weights, a start in 8 bits, and learned scales with a gradient and AdamW's two moments."""
+    from edgelora.adapters.inject import attach, put_on_grid
+    from edgelora.adapters.lora import LoRASettings
+    from edgelora.models.load import load_decoder
+    from edgelora.quant.grid import quantize
+
+    model = load_decoder(source, base_bits=32)
+    added = attach(model, LoRASettings(rank=4), "all-linear")
+    put_on_grid(model, {"bits": dict.fromkeys(added, 4), "block_size": 32, "scales": "learned"})
+    rounded = sum(adapter.rounded().num_bytes for adapter in added.values())
+    started = sum(quantize(adapter.base.weight_fp32(), 8, 32).num_bytes for adapter in added.values())
+    logs = sum(adapter.log_scales.numel() for adapter in added.values() if adapter.log_scales is not None)
+    settings = Settings(32, 1, 2, targets=targeted(shape, "all-linear", 4), grid_bits=4)
+    assert costs.rounded_bytes(shape, settings) - costs.ROUNDING == rounded
+    whole = dataclasses.replace(settings, grid_start=True, grid_scales=True)
+    assert costs.rounded_bytes(shape, whole) - costs.ROUNDING == rounded + started + 16 * logs
+
+
 @pytest.mark.parametrize(("family", "lengths", "rank", "init"), [
     ("llama", (300,), 4, "kaiming"),
     ("llama", (700,), 4, "kaiming"),

@@ -131,6 +131,8 @@ def candidates(situation: Situation, line: Line) -> Iterator[Settings]:
     kept = 0 if config.gradient_checkpointing or line.stream else shape.layers
     for bits in base_bits(shape, config):
         rounded = PRECISION_BITS[config.precision] if on_grid.applies(config, bits) else None
+        started = on_grid.starts_apart(config, bits) and rounded is not None
+        learned = config.grid_scales == "learned" and rounded is not None and rounded < 8
         loses_grid = config.base_bits is None and rounded is None and any(on_grid.applies(config, other) for other in ALL_BITS)
         if loses_grid and not line.off_grid:
             continue
@@ -138,7 +140,7 @@ def candidates(situation: Situation, line: Line) -> Iterator[Settings]:
             for rows in micro_batches(config, config.batch_size or chosen.batch_size):
                 yield Settings(
                     bits, rows, kept, keep_bits, line.keep_in_file, line.stream, optimizer_bits, targets, rounded,
-                    from_weight=config.init in FROM_WEIGHT, half=situation.half,
+                    grid_start=started, grid_scales=learned, from_weight=config.init in FROM_WEIGHT, half=situation.half,
                 )  # fmt: skip
 
 

@@ -47,6 +47,8 @@ class Settings:
     optimizer_bits: int = 32
     targets: tuple[tuple[str, int], ...] = ()  # paths of the adapted layers, and their ranks; 0: their block scales are trained
     grid_bits: int | None = None  # bits of their rounded weights, kept between steps where training is on the grid
+    grid_start: bool = False  # what is rounded has a start of its own, in 8 bits beside the frozen weight
+    grid_scales: bool = False  # block scales are learned beside the adapters
     from_weight: bool = False  # adapters begin with a part of the weight, of which they keep a copy (PiSSA, OLoRA)
     half: bool = False  # products with frozen weights take bf16 operands
 
@@ -124,14 +126,18 @@ def trained_bytes(shape: ModelShape, settings: Settings) -> int:
 
 def moment_bytes(shape: ModelShape, settings: Settings) -> int:
     """Return the bytes of AdamW's two moments, which exist from the first step on."""
-    return round(adapter_weights(shape, settings) * 2 * MOMENT_BYTES[settings.optimizer_bits])
+    scales = settings.grid_scales * adapted_weights(shape, settings) / BLOCK_SIZE
+    return round((adapter_weights(shape, settings) + scales) * 2 * MOMENT_BYTES[settings.optimizer_bits])
 
 
 def rounded_bytes(shape: ModelShape, settings: Settings) -> int:
-    """Return the bytes of the adapted layers' rounded weights."""
+    """Return the bytes of the adapted layers' rounded weights, of what they began with, and of scales that are learned: their
+    logarithms, gradients and AdamW's moments."""
     if settings.grid_bits is None:
         return 0
-    return round(adapted_weights(shape, settings) * bytes_per_weight(settings.grid_bits)) + ROUNDING
+    per_weight = bytes_per_weight(settings.grid_bits) + settings.grid_start * bytes_per_weight(8)
+    per_weight += settings.grid_scales * (2 * FP32 + 2 * MOMENT_BYTES[settings.optimizer_bits]) / BLOCK_SIZE
+    return round(adapted_weights(shape, settings) * per_weight) + ROUNDING
 
 
 def base_bytes(shape: ModelShape, bits: int) -> int:

@@ -44,6 +44,12 @@ def applies(config: FinetuneConfig, base_bits: int) -> bool:
     return rounds and not config.dora and not config.dropout
 
 
+def starts_apart(config: FinetuneConfig, base_bits: int) -> bool:
+    """Tell whether what is rounded begins as something else than the frozen weights, beside which it is kept (train/start.py):
+    not where the memory leaves these no more than 8 bits."""
+    return config.grid_start != "nearest" and error_bits(config.precision) is not None and base_bits >= LEAST_START_BITS
+
+
 def choose_grid(model: Decoder | Network, config: FinetuneConfig) -> dict[str, Any]:
     """Return what the manifest records: precision, block size and the bits of every linear layer by path."""
     linears = {path: frozen(layer) for path, layer in model.linears().items()}
@@ -53,9 +59,8 @@ def choose_grid(model: Decoder | Network, config: FinetuneConfig) -> dict[str, A
         errors = {path: relative_error(layer.weight_fp32(), few, BLOCK_SIZE) for path, layer in linears.items()}
     bits = choose_bits(config.precision, shapes, errors, ())
     grid = {"precision": config.precision, "block_size": BLOCK_SIZE, "bits": bits}
-    # The start is kept beside W0 (train/start.py): not where the memory leaves W0 no more than 8 bits.
-    roomy = min(layer.bits for layer in linears.values()) >= LEAST_START_BITS
-    begin = config.grid_start if roomy and few is not None else "nearest"
+    least = min(layer.bits for layer in linears.values())
+    begin = config.grid_start if starts_apart(config, least) else "nearest"
     learned = {"scales": config.grid_scales, "activations": config.grid_activations}
     return {**grid, "start": begin, **learned, "warmup": config.grid_warmup}
 
