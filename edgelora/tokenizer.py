@@ -49,6 +49,7 @@ class Tokenizer:
         self.special_tokens = {name: text for name in SPECIAL_TOKENS if (text := token_text(config.get(name)))}
         self.chat_template = chat_template
         self._stop = frozenset(stop)
+        self.positions: int | None = None  # the most tokens that the model reads
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
@@ -69,7 +70,10 @@ class Tokenizer:
         if file.is_file():
             template = file.read_text(encoding="utf-8")
         stop = read_config(folder / "generation_config.json").get("eos_token_id") or []
-        return cls(native, config, template or None, [stop] if isinstance(stop, int) else stop)
+        found = cls(native, config, template or None, [stop] if isinstance(stop, int) else stop)
+        model = read_config(folder / "config.json")
+        found.positions = length_limit(model) if model else None
+        return found
 
     @property
     def vocab_size(self) -> int:
@@ -260,3 +264,12 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ModelError(f"{path} holds a {type(content).__name__}; a JSON object is wanted")
     return content
+
+
+def length_limit(config: dict[str, Any]) -> int:
+    """Return the most tokens that the model of a config.json can read."""
+    text = config.get("text_config", config)
+    positions = next((int(text[key]) for key in ("max_position_embeddings", "n_positions") if text.get(key)), 1024)
+    # The RoBERTa family numbers positions from pad_token_id + 1.
+    offset = int(text.get("pad_token_id") or 0) + 1 if "roberta" in str(text.get("model_type")) else 0
+    return positions - offset

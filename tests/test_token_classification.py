@@ -135,7 +135,7 @@ def test_scores_are_seqevals_own() -> None:
     truth = [["B-a", "I-a", "O", "B-b"], ["O", "B-b", "I-b"]]
     found = [["B-a", "O", "O", "B-b"], ["I-a", "B-b", "I-b"]]
     scores = span_scores(truth, found)
-    theirs = {"precision": precision_score, "recall": recall_score, "f1": f1_score, "accuracy": accuracy_score}
+    theirs = {"micro_precision": precision_score, "micro_recall": recall_score, "f1": f1_score, "accuracy": accuracy_score}
     for name, score in theirs.items():
         assert scores[name] == pytest.approx(score(truth, found), **METRIC)
     assert scores["report"]["b"]["f1-score"] == 1.0

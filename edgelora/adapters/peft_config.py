@@ -43,7 +43,12 @@ PROMPTS = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNIN
 FROM_WEIGHT = ("pissa", "olora")
 # So do these, but what they took out depends on data or on bitsandbytes and cannot be found again.
 LOST = ("corda", "loftq", "lora_ga")
-TASK_TYPES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification"}
+TASK_TYPES = {
+    "CAUSAL_LM": "text-generation",
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+}
 QUANTIZED = "quantization config was used during training"  # of the model card that PEFT writes beside the adapter
 
 

@@ -21,7 +21,7 @@ FILES = "--input rows.jsonl --output answers.jsonl"
 @verb("run")
 @click.argument("bundle", type=FOLDER)
 @click.argument("inputs", nargs=-1)
-@click.option("--input", "input_file", type=FILE, help="JSONL file of rows with messages, prompt or text.")
+@click.option("--input", "input_file", type=FILE, help="JSONL file of rows: messages, prompt or text, or the task's columns.")
 @click.option("--output", "output_file", type=FILE, help="JSONL file to write: the rows of --input, each with its output.")
 @click.option("--columns", type=COLUMNS, metavar="OURS=THEIRS,…", help="Our column names to the data's: prompt=question.")
 @click.option("--adapter", metavar="NAME", help="Adapter of the bundle, as `edgelora inspect BUNDLE` lists them.")

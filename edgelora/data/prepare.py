@@ -217,12 +217,13 @@ class Writer:
             if split in TEXTS:
                 self.texts[split] = self.stack.enter_context((self.out / f"{split}.jsonl").open("w", encoding="utf-8"))
         self.truncated += len(cut) < len(example)
-        self.stores[split].add(cut)
         if split in TEXTS:
             self.texts[split].write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
-        targets = int(cut.arrays["supervised"].sum()) if "supervised" in cut.arrays else 1
-        for counts, amount in ((self.rows, 1), (self.tokens, len(cut)), (self.supervised, targets)):
-            counts[split] = counts.get(split, 0) + amount
+        for part in self.found.task.windows(cut, self.max_length) if split == "train" else [cut]:
+            self.stores[split].add(part)
+            targets = int(part.arrays["supervised"].sum()) if "supervised" in part.arrays else 1
+            for counts, amount in ((self.rows, 1), (self.tokens, len(part)), (self.supervised, targets)):
+                counts[split] = counts.get(split, 0) + amount
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 
 from edgelora.data.conll import is_conll, read_conll
 from edgelora.data.lines import UTF8_BOM, Report, text_lines
+from edgelora.data.squad import is_squad, read_squad
 from edgelora.errors import DataError, MachineError
 from edgelora.tasks.base import Row
 
@@ -85,7 +86,10 @@ def read_jsonl(path: Path, report: Report) -> Iterator[tuple[int, Row]]:
 
 
 def read_json(path: Path, report: Report) -> Iterator[tuple[int, Row]]:
-    """Read an array of objects; a file that does not begin with "[" holds JSON lines."""
+    """Read an array of objects, or SQuAD's nested ones; a file that begins in neither way holds JSON lines."""
+    if is_squad(path):
+        yield from read_squad(path, report)
+        return
     with path.open("rb") as file:
         if not file.read(1024).removeprefix(UTF8_BOM).lstrip().startswith(b"["):
             yield from read_jsonl(path, report)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -85,6 +86,8 @@ class Network(nn.Module):
 
     def outputs(self, **inputs: Tensor) -> dict[str, Tensor]:
         """Return the outputs of the network's class by name, `[B, …]` each."""
+        if "token_type_ids" in inputs and "token_type_ids" not in inspect.signature(self.network.forward).parameters:
+            inputs.pop("token_type_ids")  # DistilBERT and ModernBERT tell pairs by their separator alone
         found: dict[str, Tensor] = self.network(**inputs)
         return found
 

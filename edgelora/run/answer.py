@@ -9,6 +9,7 @@ from typing import Any
 from edgelora.config import GenerateConfig
 from edgelora.errors import UserError
 from edgelora.run.model import Model, Prompt, load
+from edgelora.tasks.base import Row
 
 
 def run(
@@ -28,13 +29,14 @@ def run(
     if not inputs:
         raise UserError("no input was given", hint=f'edgelora run {bundle} "some text"')
     model = load(bundle, threads=threads, adapter=adapter)
-    outputs = [run_one(model, text, config, write) for text in inputs]
+    rows: Sequence[Any] = inputs if model.task == "text-generation" else model.classifier.task.asked_rows(inputs)
+    outputs = [run_one(model, row, config, write) for row in rows]
     return {"task": model.task, "output": outputs[0] if len(outputs) == 1 else outputs}
 
 
-def run_one(model: Model, prompt: Prompt, config: GenerateConfig | None, write: Callable[[str], None] | None) -> Any:
+def run_one(model: Model, prompt: Prompt | Row, config: GenerateConfig | None, write: Callable[[str], None] | None) -> Any:
     """Return the output of one input, as `run` describes."""
-    if model.task == "text-generation":
+    if not isinstance(prompt, dict):
         written = model.start(prompt, config)
         for piece in written:
             if write is not None:
@@ -42,10 +44,9 @@ def run_one(model: Model, prompt: Prompt, config: GenerateConfig | None, write: 
         if write is not None:
             write(note(written.finish, model) + "\n")
         return written.text
-    task = model.classifier.task
-    answer = model.answers([{task.answered: str(prompt)}])[0]
+    answer = model.answers([prompt])[0]
     if write is not None:
-        write(task.answer_text(answer) + "\n")
+        write(model.classifier.task.answer_text(answer) + "\n")
     return answer
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -14,9 +15,10 @@ from edgelora.data.read import iterate_file
 from edgelora.errors import DataError, FolderError
 from edgelora.folder import disk_errors
 from edgelora.run.model import Model, Prompt, load
-from edgelora.tasks.base import Row
+from edgelora.tasks.base import Row, Task
 from edgelora.tasks.rows import parse_json_cells, text_problems
 
+PROMPTS = ("messages", "prompt", "text")
 CLASSIFIED_AT_ONCE = 256  # rows between two updates of the progress bar
 
 
@@ -33,18 +35,23 @@ def run_file(
 ) -> dict[str, Any]:
     """Write `out` (JSONL, atomically): every row of a data file with an `output` added.
 
-    A row has `messages`, `prompt` or `text`; `columns` maps these names to the data's. Returns rows, seconds and, for
-    decoders, tokens. Raises DataError listing every bad row by line before anything is computed.
+    A row has `messages`, `prompt` or `text`, or what the bundle's task asks for; `columns` maps these names to the data's.
+    Returns rows, seconds and, for decoders, tokens. Raises DataError listing every bad row by line before anything is computed.
     """
     if out.exists() and not overwrite:
         raise FolderError(f"{out} exists already", hint="add --overwrite, or choose another file with --output")
     model = load(bundle, threads=threads, adapter=adapter)
-    wanted = ("messages", "prompt", "text") if model.task == "text-generation" else (model.classifier.task.answered,)
-    read = read_rows(rows, wanted, columns or {})
+    writes = model.task == "text-generation"
+    ask = prompt_of if writes else functools.partial(asked_of, model.classifier.task)
+    read = read_rows(rows, functools.partial(ask, columns=columns or {}))
     started = time.perf_counter()
-    make = generate_all if model.task == "text-generation" else classify_all
     with console.progress("run", total=len(read)) as bar:
-        outputs, tokens = make(model, [prompt for _, prompt in read], config, bar.update)
+        asked = [prompt for _, prompt in read]
+        tokens = 0
+        if writes:
+            outputs, tokens = generate_all(model, asked, config, bar.update)
+        else:
+            outputs = answer_all(model, asked, bar.update)
     write_rows(out, [{**row, "output": output} for (row, _), output in zip(read, outputs, strict=True)])
     result = {"task": model.task, "rows": len(read), "output": str(out), "seconds": time.perf_counter() - started}
     return result | ({"tokens": tokens} if model.task == "text-generation" else {})
@@ -63,20 +70,18 @@ def generate_all(
     return outputs, tokens
 
 
-def classify_all(
-    model: Model, texts: list[Prompt], config: GenerateConfig | None, advance: Callable[[float], None]
-) -> tuple[list[Any], int]:
-    """Return the task's answer to each text or path."""
+def answer_all(model: Model, rows: list[Row], advance: Callable[[float], None]) -> list[Any]:
+    """Return the task's answer to each row."""
     outputs: list[Any] = []
-    for start in range(0, len(texts), CLASSIFIED_AT_ONCE):
-        part = [{model.classifier.task.answered: str(text)} for text in texts[start : start + CLASSIFIED_AT_ONCE]]
+    for start in range(0, len(rows), CLASSIFIED_AT_ONCE):
+        part = rows[start : start + CLASSIFIED_AT_ONCE]
         outputs += model.answers(part)
         advance(len(part))
-    return outputs, 0
+    return outputs
 
 
-def read_rows(path: Path, wanted: tuple[str, ...], columns: Mapping[str, str]) -> list[tuple[Row, Prompt]]:
-    """Return (row, prompt) for each row of a data file; raises DataError listing every bad one by line."""
+def read_rows(path: Path, ask: Callable[[Row], Any]) -> list[tuple[Row, Any]]:
+    """Return (row, what is asked in it) for each row of a data file; raises DataError listing every bad one by line."""
     if not path.is_file():
         raise DataError(f"{path} does not exist")
     problems: list[str] = []
@@ -84,10 +89,10 @@ def read_rows(path: Path, wanted: tuple[str, ...], columns: Mapping[str, str]) -
     def report(line: int, problem: str) -> None:
         problems.append(f"line {line}: {problem}")
 
-    read: list[tuple[Row, Prompt]] = []
+    read: list[tuple[Row, Any]] = []
     for line, row in iterate_file(path, report):
         try:
-            read.append((row, prompt_of(row, wanted, columns)))
+            read.append((row, ask(row)))
         except DataError as error:
             report(line, error.message)
     if problems:
@@ -97,10 +102,22 @@ def read_rows(path: Path, wanted: tuple[str, ...], columns: Mapping[str, str]) -
     return read
 
 
-def prompt_of(row: Row, wanted: tuple[str, ...], columns: Mapping[str, str]) -> Prompt:
+def asked_of(task: Task, row: Row, columns: Mapping[str, str]) -> Row:
+    """Return what a task reads of a row that it is to answer. Raises DataError that says what is wrong with it."""
+    names = {name: columns.get(name, name) for name in task.asked or (task.answered,)}
+    if not any(theirs in row for theirs in names.values()):
+        raise DataError(f"no {' or '.join(names.values())} among the keys {', '.join(map(str, row)) or '(none)'}")
+    mapped = {ours: row[theirs] for ours, theirs in names.items() if theirs in row}
+    asked = {name: value for name, value in task.normalize(mapped).items() if name in names}
+    if problems := task.asked_problems(asked):
+        raise DataError("; ".join(problems))
+    return asked
+
+
+def prompt_of(row: Row, columns: Mapping[str, str]) -> Prompt:
     """Return the prompt of a row. Raises DataError that says what is wrong with it."""
-    names = {name: columns.get(name, name) for name in wanted}
-    name = next((name for name in wanted if names[name] in row), None)
+    names = {name: columns.get(name, name) for name in PROMPTS}
+    name = next((name for name in names if names[name] in row), None)
     if name is None:
         raise DataError(f"no {' or '.join(names.values())} among the keys {', '.join(map(str, row)) or '(none)'}")
     value = row[names[name]]

@@ -6,6 +6,7 @@ Graph inputs and outputs are those of the task (tasks/base.py), batch first.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from edgelora.run.adapters import Adapter, initializers
 from edgelora.run.session import open_session
 from edgelora.tasks import get_task
 from edgelora.tasks.base import Example, Row
-from edgelora.tasks.classified import Classification, ranked
+from edgelora.tasks.classified import Classification
 
 if TYPE_CHECKING:
     from edgelora.bundle import Bundle
@@ -53,16 +54,19 @@ class Classifier:
 
     def answers(self, rows: Sequence[Row], *, batch_size: int = 16) -> list[Any]:
         """Return the task's answer to each row, as JSON has it. Raises DataError for a row that cannot be read."""
-        examples = [self.encode_row(row) for row in rows]
-        found = zip(rows, examples, self.outputs(examples, batch_size=batch_size), strict=True)
-        return [self.task.decode(outputs, row, example, self.processor, self.labels) for row, example, outputs in found]
+        pieces = [self.pieces(row) for row in rows]
+        outputs = iter(self.outputs([example for part in pieces for example in part], batch_size=batch_size))
+        found = [(row, part, list(islice(outputs, len(part)))) for row, part in zip(rows, pieces, strict=True)]
+        return [self.task.join(said, row, part, self.processor, self.labels) for row, part, said in found]
 
     def classify(self, inputs: Sequence[str | tuple[str, str]], *, batch_size: int = 16) -> list[Labelled]:
         """Return for each text, pair or path all labels with their probability; what exceeds the model's length is cut."""
         if not isinstance(self.task, Classification):
             raise UserError(f"{self.bundle.folder} is a {self.task.name} bundle: it has no labels for a whole input")
-        examples = [self.encode(given) for given in inputs]
-        return [ranked(row["logits"], self.labels) for row in self.outputs(examples, batch_size=batch_size)]
+        names = (self.task.answered, f"{self.task.answered}_pair")
+        rows = [dict(zip(names, [given] if isinstance(given, str) else given, strict=False)) for given in inputs]
+        answers = self.answers(rows, batch_size=batch_size)
+        return [[(entry["label"], entry["probability"]) for entry in answer] for answer in answers]
 
     def encode(self, given: str | tuple[str, str]) -> Example:
         """Return a text, a pair or a path as the model reads it."""
@@ -71,10 +75,13 @@ class Classifier:
 
     def encode_row(self, row: Row) -> Example:
         """Return a row as the model reads it; too long ones are cut."""
-        try:
-            return self.task.truncate(self.task.encode(row, self.processor, self.labels), self.max_length)
-        except KeyError as error:
-            raise DataError(f'the row has no "{error.args[0]}"') from None
+        return self.pieces(row)[0]
+
+    def pieces(self, row: Row) -> list[Example]:
+        """Return the examples that a row is computed as. Raises DataError for a row that cannot be read."""
+        if problems := self.task.asked_problems(row):
+            raise DataError("; ".join(problems))
+        return self.task.pieces(row, self.processor, self.labels, self.max_length)
 
     def logits(self, examples: Sequence[Example], *, batch_size: int = 16) -> NDArray[np.float32]:
         """Return logits `[n, labels]`."""

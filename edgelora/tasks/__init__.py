@@ -12,7 +12,10 @@ from edgelora.tasks.base import Task
 TASKS = {
     "text-generation": "edgelora.tasks.text_generation:TextGeneration",
     "text-classification": "edgelora.tasks.text_classification:TextClassification",
+    "multi-label-classification": "edgelora.tasks.multi_label_classification:MultiLabelClassification",
+    "text-regression": "edgelora.tasks.text_regression:TextRegression",
     "token-classification": "edgelora.tasks.token_classification:TokenClassification",
+    "question-answering": "edgelora.tasks.question_answering:QuestionAnswering",
     "image-classification": "edgelora.tasks.image_classification:ImageClassification",
     "audio-classification": "edgelora.tasks.audio_classification:AudioClassification",
 }

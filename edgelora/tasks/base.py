@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelora.errors import SettingsError
+from edgelora.tasks.rows import json_row, text_problems
 from edgelora.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -108,7 +109,9 @@ class Task(ABC):
     unit: ClassVar[str] = "tokens"
     """What an example's length counts."""
     answered: ClassVar[str] = "text"
-    """The column that `edgelora run` is given."""
+    """The column that an INPUT of `edgelora run` is."""
+    asked: ClassVar[tuple[str, ...]] = ()
+    """The columns of a row that is answered; where there are none, `answered` alone."""
     outputs: ClassVar[tuple[GraphTensor, ...]] = ()
     """The graph's outputs, by the names that transformers' class gives them."""
     families: ClassVar[str]
@@ -154,6 +157,30 @@ class Task(ABC):
     def truncate(self, example: Example, max_length: int) -> Example:
         """Return the example cut to `max_length` tokens."""
         return Example({name: array[:max_length] if array.ndim else array for name, array in example.arrays.items()})
+
+    def windows(self, example: Example, max_length: int) -> list[Example]:
+        """Return what a row of training is trained as, each of at most `max_length` tokens: itself, or parts of a long one."""
+        return [example]
+
+    def asked_rows(self, inputs: Sequence[str]) -> list[Row]:
+        """Return the rows that the INPUTs of `edgelora run` are: one each, which may be written as JSON."""
+        columns = self.asked or (self.answered,)
+        return [json_row(text, columns) or {self.answered: text} for text in inputs]
+
+    def asked_problems(self, row: Row) -> list[str]:
+        """Return what is wrong with a row that is to be answered."""
+        return text_problems(row, (self.answered,))
+
+    def pieces(self, row: Row, processor: Any, labels: Sequence[str], max_length: int) -> list[Example]:
+        """Return what a row is computed as when it is answered: one example, cut, or several."""
+        return [self.truncate(self.encode(row, processor, labels), max_length)]
+
+    def join(
+        self, outputs: Sequence[Mapping[str, NDArray[Any]]], row: Row, examples: Sequence[Example], processor: Any,
+        labels: Sequence[str],
+    ) -> Any:  # fmt: skip
+        """Return the answer to a row from the outputs of its pieces."""
+        return self.decode(outputs[0], row, examples[0], processor, labels)
 
     def example_problems(self, example: Example, max_length: int) -> list[str]:
         """Return what is wrong with an encoded row."""

@@ -35,7 +35,7 @@ class Classification(Task):
         if "label" not in row:
             problems.append('"label" is missing')
         elif not isinstance(row["label"], str | int):  # bool is an int, and a fine label
-            problems.append(f'"label" is a {kind(row["label"])}; a name or a whole number is wanted')
+            problems.append(f'"label" is a {kind(row["label"])}; a name or a whole number is wanted{self.other_task(row)}')
         elif isinstance(row["label"], str) and not row["label"].strip():
             problems.append('"label" is empty')
         return problems
@@ -43,6 +43,10 @@ class Classification(Task):
     @abstractmethod
     def input_problems(self, row: Row) -> list[str]:
         """Return what is wrong with a row apart from its label."""
+
+    def other_task(self, row: Row) -> str:
+        """Return which task takes a label of this kind, for a message; "" where none does."""
+        return ""
 
     def label(self, row: Row) -> str | None:
         value = row.get("label")
@@ -87,7 +91,7 @@ class Classification(Task):
         """Return the metrics of always answering the most frequent label of these examples."""
         truth = np.array([int(example.arrays["label"]) for example in examples])
         metrics = report(truth, np.full_like(truth, np.bincount(truth).argmax()), labels)
-        return {name: metrics[name] for name in ("accuracy", "macro_f1")}
+        return {name: metrics[name] for name in ("accuracy", "macro_f1", "mcc")}
 
     def decode(
         self, outputs: Mapping[str, NDArray[Any]], row: Row, example: Example, processor: Any, labels: Sequence[str]
@@ -123,7 +127,7 @@ def report(truth: NDArray[Any], predicted: NDArray[Any], labels: Sequence[str]) 
     Macro F1 is over the labels that occur, as scikit-learn's default is: a sample of 64 rows has few of 77 labels.
     """
     try:
-        from sklearn.metrics import classification_report, f1_score
+        from sklearn.metrics import classification_report, f1_score, matthews_corrcoef
     except ImportError:
         raise MachineError("these metrics need scikit-learn", hint='pip install "edgelora[train]"') from None
     indices = list(range(len(labels)))
@@ -131,5 +135,6 @@ def report(truth: NDArray[Any], predicted: NDArray[Any], labels: Sequence[str]) 
     return {
         "accuracy": float((truth == predicted).mean()),
         "macro_f1": float(f1_score(truth, predicted, average="macro", zero_division=0)),
+        "mcc": float(matthews_corrcoef(truth, predicted)),
         "report": {label: {name: float(value) for name, value in full[label].items()} for label in labels},
     }

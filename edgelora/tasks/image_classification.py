@@ -32,7 +32,7 @@ class ImageClassification(Pictures, Classification):
     auto_class = "AutoModelForImageClassification"
     families = "ViT, DeiT, ResNet, MobileNetV2, ConvNeXt"
     metric = "accuracy"
-    metrics = ("loss", "accuracy", "top_5", "macro_f1")
+    metrics = ("loss", "accuracy", "top_5", "macro_f1", "mcc")
     target_modules = "all-linear"
     learning_rate = 2e-3
     batch_size = 32

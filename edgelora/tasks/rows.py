@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from edgelora.tasks.base import Row
+if TYPE_CHECKING:
+    from edgelora.tasks.base import Row
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "model", "environment", "documents")
 
@@ -34,6 +35,17 @@ def text_problems(row: Row, names: Iterable[str]) -> list[str]:
         elif not row[name].strip():
             problems.append(f'"{name}" is empty')
     return problems
+
+
+def json_row(text: str, columns: Iterable[str]) -> Row | None:
+    """Return the row that a text is: a JSON object with none but these columns; None for any other text."""
+    if not text.lstrip().startswith("{"):
+        return None
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and found and set(found) <= set(columns) else None
 
 
 def message_problems(messages: Any) -> list[str]:

@@ -105,10 +105,10 @@ def span_problems(row: Row) -> list[str]:
     return problems
 
 
-def tag_problems(row: Row) -> list[str]:
-    """Return what is wrong with the tokens of a row, and with their tags where it has them."""
+def token_problems(row: Row, names: Sequence[str] = ("tokens", "tags")) -> list[str]:
+    """Return what is wrong with the tokens of a row and their tags, or with its tokens alone."""
     problems = []
-    for name in ("tokens", "tags"):
+    for name in names:
         values = row.get(name)
         if values is None:
             problems.append(f'"{name}" is missing')
@@ -120,7 +120,7 @@ def tag_problems(row: Row) -> list[str]:
             problems += [f'"{name}": entry {i} is a {kind(value)}; a text is wanted' for i, value in wrong[:1]]
             empty = [i for i, value in enumerate(values, 1) if isinstance(value, str) and not value.strip()]
             problems += [f'"{name}": entry {i} is empty' for i in empty[:1] if name == "tokens"]
-    if not problems and len(row["tokens"]) != len(row["tags"]):
+    if not problems and "tags" in names and len(row["tokens"]) != len(row["tags"]):
         problems.append(f"{len(row['tokens'])} tokens and {len(row['tags'])} tags")
     return problems
 

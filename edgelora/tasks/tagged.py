@@ -51,8 +51,8 @@ def span_scores(truth: list[list[str]], found: list[list[str]]) -> Metrics:
     micro = numbers.get("micro avg", {"precision": 0.0, "recall": 0.0, "f1-score": 0.0})
     right = [one == other for a, b in zip(truth, found, strict=True) for one, other in zip(a, b, strict=True)]
     return {
-        "precision": micro["precision"],
-        "recall": micro["recall"],
+        "micro_precision": micro["precision"],
+        "micro_recall": micro["recall"],
         "f1": micro["f1-score"],
         "accuracy": sum(right) / len(right),
         "report": {name: row for name, row in numbers.items() if not name.endswith(" avg")},

@@ -7,20 +7,17 @@ Graph output: logits [B, labels] fp32.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from edgelora.tasks.base import Column, Example, GraphTensor, Row
+from edgelora.tasks.base import Column, Row
 from edgelora.tasks.classified import Classification
-from edgelora.tasks.rows import text_problems
-from edgelora.tasks.texts import cut_before_last, padded, text_inputs
-from edgelora.tokenizer import Tokenizer
+from edgelora.tasks.texts import Texts
 
 
-class TextClassification(Classification):
+class TextClassification(Texts, Classification):
     name = "text-classification"
     help = "An encoder that puts texts, or pairs of texts, into labels: intents, topics, sentiment."
     columns = (
@@ -29,38 +26,20 @@ class TextClassification(Classification):
         Column("text_pair", "a second text, for pairs"),
     )
     shapes = (("text", "text_pair", "label"), ("text", "label"))
-    auto_class = "AutoModelForSequenceClassification"
-    families = "BERT, RoBERTa, DistilBERT, MiniLM, DeBERTa"
     metric = "accuracy"
-    metrics = ("loss", "accuracy", "macro_f1")
-    target_modules = "all-linear"
-    learning_rate = 2e-3
-    batch_size = 32  # rows are short: fewer would leave the matrix products small
+    metrics = ("loss", "accuracy", "macro_f1", "mcc")
 
     def input_problems(self, row: Row) -> list[str]:
-        return text_problems(row, ("text", "text_pair") if "text_pair" in row else ("text",))
+        return self.asked_problems(row)
 
-    def inputs(self, config: Mapping[str, Any], accepted: Collection[str]) -> tuple[GraphTensor, ...]:
-        return text_inputs(config, accepted)
+    def other_task(self, row: Row) -> str:
+        if isinstance(row["label"], list):
+            return ": several labels are --task multi-label-classification --columns labels=label"
+        return ": numbers are --task text-regression --columns score=label" if isinstance(row["label"], float) else ""
 
-    def encode(self, row: Row, processor: Tokenizer, labels: Sequence[str]) -> Example:
-        """Return ids int32 [T], label int32 [] (-1 where the row has none, or an unknown one) and for pairs types uint8 [T]."""
-        ids, types = processor.encode_pair(row["text"], row.get("text_pair"))
-        arrays: dict[str, NDArray[Any]] = {"ids": np.array(ids, dtype=np.int32), "label": self.label_index(row, labels)}
-        if "text_pair" in row:
-            arrays["types"] = np.array(types, dtype=np.uint8)
-        return Example(arrays)
+    def target(self, row: Row, labels: Sequence[str]) -> NDArray[Any]:
+        """Return int32 []: -1 where the row has no label, or an unknown one."""
+        return self.label_index(row, labels)
 
-    def truncate(self, example: Example, max_length: int) -> Example:
-        return cut_before_last(example, max_length)
-
-    def collate(self, examples: Sequence[Example], processor: Tokenizer) -> dict[str, NDArray[Any]]:
-        labels = np.array([example.arrays["label"] for example in examples], dtype=np.int64)
-        return padded(examples, processor.pad_token_id or 0) | {"labels": labels}
-
-    def show(self, example: Example, processor: Tokenizer, labels: Sequence[str] = ()) -> str:
-        from rich.markup import escape
-
-        text = escape(processor.decode(example.arrays["ids"].tolist(), skip_special_tokens=False))
-        label = int(example.arrays["label"])
-        return f"{text} → [bold green]⟦{escape(labels[label]) if label >= 0 else '?'}⟧[/bold green]"
+    def target_text(self, target: NDArray[Any], labels: Sequence[str]) -> str:
+        return labels[int(target)] if int(target) >= 0 else "?"

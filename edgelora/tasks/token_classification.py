@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from edgelora.tasks.base import Column, Example, GraphTensor, Metrics, Predictor, Row, Task
 from edgelora.tasks.classified import log_softmax
 from edgelora.tasks.rows import parse_json_cells, text_problems
-from edgelora.tasks.spans import marked, span_problems, spans_of, spans_of_tags, tag_problems, text_of
+from edgelora.tasks.spans import marked, span_problems, spans_of, spans_of_tags, text_of, token_problems
 from edgelora.tasks.tagged import first_tokens, span_scores, tags_of_spans
 from edgelora.tasks.texts import cut_before_last, padded, text_inputs
 from edgelora.tokenizer import Tokenizer
@@ -41,13 +41,14 @@ class TokenClassification(Task):
     auto_class = "AutoModelForTokenClassification"
     outputs = (GraphTensor("logits", "float32", ("batch_size", "sequence_length", "num_labels")),)
     families = "BERT, RoBERTa, DistilBERT, MiniLM, DeBERTa, ModernBERT"
+    asked = ("text", "tokens")
     metric = "f1"
-    metrics = ("loss", "precision", "recall", "f1", "accuracy")
+    metrics = ("loss", "micro_precision", "micro_recall", "f1", "accuracy")
     higher_is_better = True
     has_labels = True
     target_modules = "all-linear"
     learning_rate = 2e-3
-    batch_size = 32
+    batch_size = 16
 
     def normalize(self, row: Row) -> Row:
         names = ("tokens", "tags") if row.get("tokens") is not None else ("text", "spans")
@@ -56,8 +57,11 @@ class TokenClassification(Task):
 
     def problems(self, row: Row) -> list[str]:
         if "tokens" in row:
-            return tag_problems(row)
+            return token_problems(row)
         return text_problems(row, ("text",)) or span_problems(row)
+
+    def asked_problems(self, row: Row) -> list[str]:
+        return token_problems(row, ("tokens",)) if "tokens" in row else text_problems(row, ("text",))
 
     def labels(self, names: Iterable[str]) -> list[str]:
         kinds = sorted({name.removeprefix("B-") for name in names})
@@ -125,7 +129,7 @@ class TokenClassification(Task):
     def baseline(self, examples: Sequence[Example], labels: Sequence[str]) -> Metrics:
         """Return the metrics of finding no span."""
         tags = np.concatenate([example.arrays["tags"][example.arrays["tags"] >= 0] for example in examples])
-        return {"precision": 0.0, "recall": 0.0, "f1": 0.0, "accuracy": float((tags == 0).mean())}
+        return {"micro_precision": 0.0, "micro_recall": 0.0, "f1": 0.0, "accuracy": float((tags == 0).mean())}
 
     def decode(
         self, outputs: Mapping[str, NDArray[Any]], row: Row, example: Example, processor: Tokenizer, labels: Sequence[str]

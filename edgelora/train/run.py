@@ -14,6 +14,7 @@ from edgelora.errors import FolderError, SettingsError
 from edgelora.folder import read_manifest, write_json, write_manifest
 from edgelora.planning.plan import Plan
 from edgelora.tokenizer import TOKENIZER_FILES
+from edgelora.tokenizer import length_limit as length_limit  # for those who read a run
 
 if TYPE_CHECKING:
     from edgelora.models.source import ModelSource
@@ -113,12 +114,3 @@ def copy_model_files(source: ModelSource, labels: list[str], folder: Path) -> No
     for name in TOKENIZER_FILES:
         if (source.folder / name).is_file():
             shutil.copyfile(source.folder / name, folder / name)
-
-
-def length_limit(config: dict[str, Any]) -> int:
-    """Return the most tokens that the model of a config.json can read."""
-    text = config.get("text_config", config)
-    positions = next((int(text[key]) for key in ("max_position_embeddings", "n_positions") if text.get(key)), 1024)
-    # The RoBERTa family numbers positions from pad_token_id + 1.
-    offset = int(text.get("pad_token_id") or 0) + 1 if "roberta" in str(text.get("model_type")) else 0
-    return positions - offset
