@@ -204,7 +204,7 @@ def load_reference(run: Path, source: ModelSource, task: Task) -> Reference | No
     path = run / REFERENCE
     if not path.is_file():
         return None
-    return Reference.load(path, None if task.has_labels else head_of(source))
+    return Reference.load(path, head_of(source) if task.auto_class == "AutoModelForCausalLM" else None)
 
 
 def head_of(source: ModelSource) -> Head:

@@ -143,8 +143,8 @@ def test_the_base_and_the_task_of_an_adapter_are_held_against_the_model(tmp_path
         merge(None, tmp_path / "out", adapter=tmp_path / "adapter")
     result = merge(None, tmp_path / "out", adapter=tmp_path / "adapter", model=reference)
     assert result["notes"][0].startswith('the adapter was trained on "somebody/another-bert" and goes into ')
-    write_json(tmp_path / "adapter" / CONFIG, {**config, "task_type": "TOKEN_CLS"})
-    with pytest.raises(FolderError, match="the adapter is for the task TOKEN_CLS; EdgeLoRA ships CAUSAL_LM"):
+    write_json(tmp_path / "adapter" / CONFIG, {**config, "task_type": "IMAGE_CLS"})
+    with pytest.raises(FolderError, match="the adapter is for the task IMAGE_CLS; EdgeLoRA ships CAUSAL_LM"):
         merge(None, tmp_path / "out2", adapter=tmp_path / "adapter", model=reference)
 
 

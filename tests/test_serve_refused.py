@@ -81,7 +81,7 @@ MALFORMED: list[tuple[str, Any, int, str]] = [
     (TEXT, {"prompt": "a", "echo": True}, 400, '"echo" can only be false'),
     (TEXT, {"prompt": "a", "logprobs": 0}, 400, '"logprobs" is not supported'),
     (TEXT, {"prompt": "a" * 200_000}, 413, "more than 100000 bytes"),
-    ("/v1/embeddings", {"input": "a"}, 404, "gives no embeddings"),
+    ("/v1/embeddings", {"input": "a"}, 404, "it answers /v1/chat/completions and /v1/completions"),
     ("/v1/classify", {"input": "a"}, 404, "it answers /v1/chat/completions and /v1/completions"),
     ("/v1/nothing", {}, 404, 'there is no "/v1/nothing"'),
 ]

@@ -48,6 +48,7 @@ TASK_TYPES = {
     "SEQ_CLS": "text-classification",
     "TOKEN_CLS": "token-classification",
     "QUESTION_ANS": "question-answering",
+    "FEATURE_EXTRACTION": "sentence-similarity",
 }
 QUANTIZED = "quantization config was used during training"  # of the model card that PEFT writes beside the adapter
 

@@ -50,6 +50,7 @@ TASK_TYPES = {
     "AutoModelForSeq2SeqLM": "SEQ_2_SEQ_LM",
     "AutoModelForTokenClassification": "TOKEN_CLS",
     "AutoModelForQuestionAnswering": "QUESTION_ANS",
+    "AutoModel": "FEATURE_EXTRACTION",
 }
 PART = re.compile(r"(.+)\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector|lora_diag)(\.weight)?")
 BIAS = re.compile(r"(.+)\.lora_B\.bias")

@@ -22,8 +22,8 @@ KEY = "Key that requests must carry. Better in the environment: command lines ar
 def serve(bundle: Path, config_file: Path | None, threads: int | None, **given: Any) -> dict[str, Any]:
     """Answer HTTP requests with a bundle, as OpenAI's API does.
 
-    Chats, completions and models for bundles that write text; /v1/classify for classifiers of text. An
-    adapter of the bundle acts where a request names it as its model.
+    Chats, completions and models for bundles that write text; /v1/classify for classifiers of text, spans
+    and answers; /v1/embeddings. An adapter of the bundle acts where a request names it as its model.
 
     \b
     edgelora serve bundle

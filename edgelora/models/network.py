@@ -18,6 +18,7 @@ from edgelora.errors import ModelError
 from edgelora.models.base_file import BaseWeights, open_base
 from edgelora.models.base_layout import Section
 from edgelora.models.convolution import FrozenBatchNorm, FrozenConv, can_freeze
+from edgelora.models.embedder import Embedder
 from edgelora.models.linear import FrozenEmbedding, FrozenLinear, FrozenWeight
 from edgelora.models.parts import Parts
 from edgelora.models.recompute import Calls, Keeping, Shelf
@@ -173,7 +174,8 @@ def build_network(config: dict[str, Any], auto_class: str, labels: Sequence[str]
     try:
         settings = without_chance(transformers.AutoConfig.for_model(kind, **values))
         with parameters_on_meta():
-            return getattr(transformers, auto_class).from_config(settings, dtype=torch.float32)
+            network = getattr(transformers, auto_class).from_config(settings, dtype=torch.float32)
+            return Embedder(network) if auto_class == "AutoModel" and not hasattr(settings, "text_config") else network
     except ValueError as error:
         reason = str(error).splitlines()[0]
         raise ModelError(f'transformers\' {auto_class} does not know the model type "{kind}": {reason}') from None

@@ -41,7 +41,7 @@ class Layout:
 
 def guess_task(config: dict[str, Any]) -> str:
     """Return the task that config.json's `architectures` stands for: the first one with that class of transformers."""
-    heads = {name: get_task(name).auto_class.removeprefix("AutoModel") for name in TASKS}
+    heads = {name: get_task(name).auto_class.removeprefix("AutoModel") or "Model" for name in TASKS}
     for architecture in config.get("architectures") or []:
         for name, head in heads.items():
             if architecture.endswith((head, "LMHeadModel") if name == GENERATION else head):
@@ -90,7 +90,7 @@ def network_layout(config: dict[str, Any], task: Task) -> Layout:
     quantized = {f"{path}.weight" for path in (*linears, *embeddings)}
     counters = ".num_batches_tracked"  # of batch norm: nothing reads it once training is over
     plain = tuple(name for name in model.state_dict() if name not in quantized and not name.endswith(counters))
-    return Layout(linears, embeddings, plain, parts, type(model).__name__)
+    return Layout(linears, embeddings, plain, parts, getattr(model, "architecture", type(model).__name__))
 
 
 def word_embedding(model: Any) -> torch.nn.Module | None:

@@ -20,8 +20,9 @@ from edgelora.serve.fields import parse, shown
 from edgelora.serve.follow import ClientGone, EventStream, followed, stream
 from edgelora.serve.log import Logged
 from edgelora.serve.refusal import Refusal, as_refusal, wrong
-from edgelora.serve.replies import TextReply, Written, classified
+from edgelora.serve.replies import TextReply, Written, classified, embedded
 from edgelora.serve.worker import ClassifyJob, WriteJob
+from edgelora.tasks import get_task
 
 if TYPE_CHECKING:
     from edgelora.run.model import Model
@@ -31,8 +32,10 @@ if TYPE_CHECKING:
 Handler = Callable[[Request], Awaitable[Response]]
 JOIN_S = 10.0  # for the worker to end the step that it is in
 
-WRITES, CLASSIFIES = "text-generation", "text-classification"
-PATHS = {"/v1/chat/completions": WRITES, "/v1/completions": WRITES, "/v1/classify": CLASSIFIES}
+WRITES, EMBEDS, ANSWERS, NOTHING = "text-generation", "sentence-similarity", "another task on texts", "none of these"
+PATHS = {
+    "/v1/chat/completions": WRITES, "/v1/completions": WRITES, "/v1/embeddings": EMBEDS, "/v1/classify": ANSWERS,
+}  # fmt: skip
 
 
 class Service:
@@ -78,9 +81,8 @@ class Service:
 
     async def body(self, request: Request) -> dict[str, Any]:
         """Return the JSON object of a request that this bundle can answer."""
-        wanted = PATHS.get(request.url.path)
-        if wanted not in (None, self.model.task):
-            paths = " and ".join(path for path, task in PATHS.items() if task == self.model.task)
+        if PATHS.get(request.url.path) not in (None, kind_of(self.model.task)):
+            paths = " and ".join(path for path, task in PATHS.items() if task == kind_of(self.model.task))
             message = f"this server's bundle is for {self.model.task}; it answers {paths}"
             raise Refusal(404, message, code="not_this_bundle")
         return parse(await admit.read_body(request, self.config.max_body))
@@ -133,14 +135,23 @@ class Service:
         return ids
 
     async def classify(self, request: Request) -> Response:
-        asked = requests.classify_request(await self.body(request), self.models)
-        job = ClassifyJob(asked.adapter, asked.texts)
-        async with followed(self.worker, job, request.receive, self.config.timeout) as found:
-            labelled = await anext(found)
-        return JSONResponse(classified(asked, labelled))
+        body = await self.body(request)
+        asked = requests.classify_request(body, self.models, self.model.classifier.task.asked)
+        return JSONResponse(classified(asked, await self.answers(request, ClassifyJob(asked.adapter, asked.rows))))
 
     async def embed(self, request: Request) -> Response:
-        raise Refusal(404, f"this server's bundle is for {self.model.task}; it gives no embeddings", code="not_this_bundle")
+        body = await self.body(request)
+        asked = requests.embed_request(body, self.models, int(self.model.bundle.config["hidden_size"]))
+        answers = await self.answers(request, ClassifyJob(asked.adapter, [{"text": text} for text in asked.texts]))
+        encode = self.model.classifier.processor.encode
+        tokens = sum(len(encode(text, add_special_tokens=True)) for text in asked.texts)
+        return JSONResponse(embedded(asked, answers, tokens))
+
+    async def answers(self, request: Request, job: ClassifyJob) -> list[Any]:
+        """Return the answers to the rows of a job."""
+        async with followed(self.worker, job, request.receive, self.config.timeout) as found:
+            answers: list[Any] = await anext(found)
+        return answers
 
     async def list_models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self.described(name) for name in self.models]})
@@ -156,6 +167,13 @@ class Service:
         good = self.worker.thread.is_alive() and not self.worker.stopping
         found = {"status": "ok" if good else "stopping", "task": self.model.task, "waiting": len(self.worker.waiting)}
         return JSONResponse(found, status_code=200 if good else 503)
+
+
+def kind_of(task: str) -> str:
+    """Return what a task's bundle does, of PATHS. What reads files does nothing: the paths in a request are not followed."""
+    if task in (WRITES, EMBEDS):
+        return task
+    return ANSWERS if get_task(task).asked and not get_task(task).file_columns else NOTHING
 
 
 def note_tokens(request: Request, written: Written) -> None:

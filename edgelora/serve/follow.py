@@ -5,16 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, MutableMapping
 from contextlib import aclosing, asynccontextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from starlette.responses import Response
 
 from edgelora.serve.refusal import Refusal, as_refusal
 from edgelora.serve.replies import TextReply, Written, event
 from edgelora.serve.worker import Job, Worker
-
-if TYPE_CHECKING:
-    from edgelora.run.classify import Labelled
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -48,7 +45,7 @@ async def watch(job: Job, receive: Receive) -> None:
     job.events.put_nowait(ClientGone())
 
 
-async def events(job: Job, deadline: float) -> AsyncIterator[str | Written | list[Labelled]]:
+async def events(job: Job, deadline: float) -> AsyncIterator[str | Written | list[Any]]:
     """Yield what comes of a job, for ever: the caller knows which event is the last."""
     while True:
         try:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import secrets
+import struct
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from edgelora.serve.requests import CHAT, ClassifyRequest, TextRequest
+from edgelora.serve.requests import CHAT, ClassifyRequest, EmbedRequest, TextRequest
 
 FINISH = {"end": "stop", "stop": "stop", "length": "length", "context": "length"}  # ours → OpenAI's
 DONE = b"data: [DONE]\n\n"
@@ -80,14 +82,25 @@ class TextReply:
         return found if usage is None and not self.request.include_usage else {**found, "usage": usage}
 
 
-def classified(request: ClassifyRequest, labelled: Sequence[Sequence[tuple[str, float]]]) -> dict[str, Any]:
-    """Return the answer of /v1/classify: for each text its label, and labels with probabilities, the most probable first."""
+def classified(request: ClassifyRequest, answers: Sequence[Any]) -> dict[str, Any]:
+    """Return the answer of /v1/classify: for each text its label, and labels with probabilities, the most probable first; of
+    other tasks what `edgelora run --json` has."""
     data = []
-    for index, labels in enumerate(labelled):
-        (label, probability), shown = labels[0], labels[: request.top]
-        found = [{"label": name, "probability": share} for name, share in shown]
-        data.append({"index": index, "label": label, "probability": probability, "labels": found})
+    for index, answer in enumerate(answers):
+        found = {**answer[0], "labels": answer[: request.top]} if isinstance(answer, list) else answer
+        data.append({"index": index, **found})
     return {"object": "list", "model": request.model, "data": data}
+
+
+def embedded(request: EmbedRequest, answers: Sequence[Any], tokens: int) -> dict[str, Any]:
+    """Return the answer of /v1/embeddings, each embedding as numbers or as the base64 of their fp32, low byte first."""
+    data = []
+    for index, answer in enumerate(answers):
+        numbers = answer["embedding"]
+        packed = base64.b64encode(struct.pack(f"<{len(numbers)}f", *numbers)).decode("ascii") if request.base64 else numbers
+        data.append({"object": "embedding", "index": index, "embedding": packed})
+    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+    return {"object": "list", "model": request.model, "data": data, "usage": usage}
 
 
 def event(content: dict[str, Any]) -> bytes:

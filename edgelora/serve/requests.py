@@ -7,7 +7,7 @@ Fields and ranges are those of OpenAI's API reference; `top_k`, `min_p` and `rep
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,8 +43,16 @@ class TextRequest:
 class ClassifyRequest:
     model: str
     adapter: str | None
-    texts: list[str | tuple[str, str]]
+    rows: list[dict[str, Any]]
     top: int | None
+
+
+@dataclass(frozen=True)
+class EmbedRequest:
+    model: str
+    adapter: str | None
+    texts: list[str]
+    base64: bool
 
 
 def chat_request(body: Mapping[str, Any], models: Models) -> TextRequest:
@@ -85,21 +93,42 @@ def completion_request(body: Mapping[str, Any], models: Models) -> TextRequest:
     return read_rest(fields, TEXT, prompt, models)
 
 
-def classify_request(body: Mapping[str, Any], models: Models) -> ClassifyRequest:
-    """Read a request to /v1/classify. Raises Refusal."""
+def classify_request(body: Mapping[str, Any], models: Models, asked: Sequence[str]) -> ClassifyRequest:
+    """Read a request to /v1/classify, whose rows may have the columns `asked`. Raises Refusal."""
     fields = Fields(body)
     given = fields.take("input")
     if given is None:
-        raise wrong("input", 'is missing; a text, {"text": …, "text_pair": …} or a list of these is wanted')
+        raise wrong("input", f"is missing; {form(asked)}, or a list of these, is wanted")
     items = given if isinstance(given, list) else [given]
     if not 0 < len(items) <= MAX_TEXTS:
         raise wrong("input", f"has {len(items)} texts; allowed: 1 to {MAX_TEXTS}")
-    texts = [read_text(item, f"input[{index}]" if isinstance(given, list) else "input") for index, item in enumerate(items)]
+    places = [f"input[{index}]" if isinstance(given, list) else "input" for index in range(len(items))]
+    rows = [read_row(item, where, asked) for item, where in zip(items, places, strict=True)]
     top = fields.whole("top", 1)
     name = read_model(fields, models)
     fields.ignore("user")
     fields.finish()
-    return ClassifyRequest(name, models[name], texts, top)
+    return ClassifyRequest(name, models[name], rows, top)
+
+
+def embed_request(body: Mapping[str, Any], models: Models, width: int) -> EmbedRequest:
+    """Read a request to /v1/embeddings for embeddings of `width` numbers. Raises Refusal."""
+    fields = Fields(body)
+    given = fields.take("input")
+    texts = [given] if isinstance(given, str) else given
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        found = "missing" if given is None else shown(given)
+        raise wrong("input", f"is {found}; a text or a list of texts is wanted")
+    if not 0 < len(texts) <= MAX_TEXTS:
+        raise wrong("input", f"has {len(texts)} texts; allowed: 1 to {MAX_TEXTS}")
+    form = fields.text("encoding_format")
+    if form not in (None, "float", "base64"):
+        raise wrong("encoding_format", f'is {shown(form)}; allowed: "float", "base64"')
+    fields.only("dimensions", (width,), f"can only be {width}: the model's own")
+    name = read_model(fields, models)
+    fields.ignore("user")
+    fields.finish()
+    return EmbedRequest(name, models[name], texts, form == "base64")
 
 
 def read_message(message: Any, where: str) -> dict[str, str]:
@@ -136,17 +165,19 @@ def read_content(content: Any, where: str) -> str:
     return "".join(part["text"] for part in content)
 
 
-def read_text(item: Any, where: str) -> str | tuple[str, str]:
-    """Return a text or a pair of texts to be classified."""
-    if isinstance(item, str):
-        return item
-    if isinstance(item, dict) and item.keys() == {"text"} and isinstance(item["text"], str):
-        return str(item["text"])
-    if not isinstance(item, dict) or item.keys() != {"text", "text_pair"}:
-        raise wrong(where, f'is {shown(item)}; a text or {{"text": …, "text_pair": …}} is wanted')
-    if not all(isinstance(text, str) for text in item.values()):
-        raise wrong(where, 'must have texts as "text" and "text_pair"')
-    return item["text"], item["text_pair"]
+def read_row(item: Any, where: str, asked: Sequence[str]) -> dict[str, Any]:
+    """Return a row to be answered: a text alone, or an object with the task's columns, whose values the task checks."""
+    if isinstance(item, str) and "text" in asked:
+        return {"text": item}
+    if not isinstance(item, dict) or not item or not set(item) <= set(asked):
+        raise wrong(where, f"is {shown(item)}; {form(asked)} is wanted")
+    return item
+
+
+def form(asked: Sequence[str]) -> str:
+    """Return what a row looks like, for a message."""
+    columns = ", ".join(f'"{name}": …' for name in asked)
+    return f"a text or {{{columns}}}" if "text" in asked else f"{{{columns}}}"
 
 
 def read_rest(fields: Fields, kind: str, prompt: Any, models: Models) -> TextRequest:

@@ -15,7 +15,7 @@ from edgelora import console
 from edgelora.config import ServeConfig
 from edgelora.errors import MachineError, SettingsError, UserError
 from edgelora.run.model import Model, load
-from edgelora.serve.app import CLASSIFIES, WRITES, Service
+from edgelora.serve.app import NOTHING, Service, kind_of
 from edgelora.serve.requests import Models
 from edgelora.serve.worker import Worker
 
@@ -74,9 +74,9 @@ def serve(
 
 def names(model: Model) -> Models:
     """Return the names that requests may give as `model`: the bundle's folder, then its adapters."""
-    if model.task not in (WRITES, CLASSIFIES):
+    if kind_of(model.task) == NOTHING:
         raise UserError(
-            f"{model.bundle.folder} is for the task {model.task}; allowed: {WRITES}, {CLASSIFIES}",
+            f"{model.bundle.folder} is for the task {model.task}; allowed: tasks that read text or chats",
             hint=f"edgelora run {model.bundle.folder} --help",
         )
     own, adapters = model.bundle.folder.resolve().name, list(model.bundle.manifest.get("adapters") or {})

@@ -9,18 +9,15 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 from edgelora.config import GenerateConfig
 from edgelora.run.generate import Answer, common_prefix
 from edgelora.run.model import Model
 from edgelora.serve.refusal import Refusal
 from edgelora.serve.replies import Written
-
-if TYPE_CHECKING:
-    from edgelora.run.classify import Labelled
 
 TEXTS_AT_ONCE = 64  # of requests that are put together
 STOPPING = "the server is stopping"
@@ -34,10 +31,10 @@ class Job:
 
     def __post_init__(self) -> None:
         self.loop = asyncio.get_running_loop()
-        self.events: asyncio.Queue[str | Written | list[Labelled] | Exception] = asyncio.Queue()
+        self.events: asyncio.Queue[str | Written | list[Any] | Exception] = asyncio.Queue()
         self.cancelled = False  # nobody waits any longer
 
-    def put(self, event: str | Written | list[Labelled] | Exception) -> None:
+    def put(self, event: str | Written | list[Any] | Exception) -> None:
         """Hand over an event from another thread."""
         if not self.loop.is_closed():
             self.loop.call_soon_threadsafe(self.events.put_nowait, event)
@@ -53,9 +50,9 @@ class WriteJob(Job):
 
 @dataclass(eq=False)
 class ClassifyJob(Job):
-    """Texts to be classified. One event: labels and probabilities of each, or an exception."""
+    """Rows to be answered at once. One event: the answer to each, or an exception."""
 
-    texts: Sequence[str | tuple[str, str]]
+    rows: Sequence[Mapping[str, Any]]
 
 
 class Worker:
@@ -114,11 +111,11 @@ class Worker:
                 return []
             self.current = [first := self.waiting.popleft()]
             if isinstance(first, ClassifyJob):
-                num_texts = len(first.texts)
+                num_texts = len(first.rows)
                 while self.waiting and isinstance(other := self.waiting[0], ClassifyJob) and other.adapter == first.adapter:
-                    if num_texts + len(other.texts) > TEXTS_AT_ONCE:
+                    if num_texts + len(other.rows) > TEXTS_AT_ONCE:
                         break
-                    num_texts += len(other.texts)
+                    num_texts += len(other.rows)
                     self.current.append(self.waiting.popleft())
             return list(self.current)
 
@@ -129,9 +126,9 @@ class Worker:
             self._write(jobs[0])
             return
         batch = [job for job in jobs if isinstance(job, ClassifyJob)]
-        labelled = self.model.classify([text for job in batch for text in job.texts])
+        answers = self.model.answers([row for job in batch for row in job.rows])
         for job in batch:
-            mine, labelled = labelled[: len(job.texts)], labelled[len(job.texts) :]
+            mine, answers = answers[: len(job.rows)], answers[len(job.rows) :]
             job.put(mine)
 
     def _write(self, job: WriteJob) -> None:

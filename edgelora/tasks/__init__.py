@@ -14,6 +14,7 @@ TASKS = {
     "text-classification": "edgelora.tasks.text_classification:TextClassification",
     "multi-label-classification": "edgelora.tasks.multi_label_classification:MultiLabelClassification",
     "text-regression": "edgelora.tasks.text_regression:TextRegression",
+    "sentence-similarity": "edgelora.tasks.sentence_similarity:SentenceSimilarity",
     "token-classification": "edgelora.tasks.token_classification:TokenClassification",
     "question-answering": "edgelora.tasks.question_answering:QuestionAnswering",
     "image-classification": "edgelora.tasks.image_classification:ImageClassification",

@@ -1,0 +1,172 @@
+"""sentence-similarity: an encoder gives texts embeddings in which queries are close to the items that fit them.
+
+Columns: `query`, `item`. The items of a batch's other rows are what does not fit (InfoNCE, 1807.03748 and 1705.00652).
+Batch and graph inputs: input_ids, attention_mask [B, S] int64; in training the queries, then the items, and labels_query,
+labels_item [B / 2] int64, which tell texts apart.
+Graph outputs: last_hidden_state [B, S, H], sentence_embedding [B, H] fp32, of length 1.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgelora.tasks.base import TRIAL_TEXTS, Column, Example, GraphTensor, Metrics, Predictor, Row, Task
+from edgelora.tasks.classified import log_softmax
+from edgelora.tasks.ranked import ranking, ranking_text, retrieval_scores
+from edgelora.tasks.rows import json_row, text_problems
+from edgelora.tasks.texts import AXES, cut_before_last, padded, text_inputs
+from edgelora.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import torch
+
+TEMPERATURE = 0.05
+PAIR = ("query", "item")
+AT_ONCE = 256  # texts whose outputs are held, those of each token too
+
+
+class SentenceSimilarity(Task):
+    name = "sentence-similarity"
+    help = "An encoder that gives embeddings: search, recommendation, duplicates; items are ranked for a query."
+    columns = (
+        Column("query", "what is searched with", required=True),
+        Column("item", "a text that fits it", required=True),
+    )
+    shapes = (PAIR,)
+    auto_class = "AutoModel"
+    outputs = (
+        GraphTensor("last_hidden_state", "float32", (*AXES, "hidden_size")),
+        GraphTensor("sentence_embedding", "float32", ("batch_size", "hidden_size")),
+    )
+    asked = ("query", "items", "text")
+    families = "BERT, RoBERTa, DistilBERT, MiniLM, DeBERTa, ModernBERT"
+    metric = "mrr"
+    metrics = ("loss", "mrr", "recall@1", "recall@5", "recall@10")
+    higher_is_better = True
+    target_modules = "all-linear"
+    learning_rate = 5e-4
+    batch_size = 32
+
+    def normalize(self, row: Row) -> Row:
+        return {name: row[name] for name in (*PAIR, *self.asked) if row.get(name) is not None}
+
+    def problems(self, row: Row) -> list[str]:
+        return text_problems(row, PAIR)
+
+    def asked_rows(self, inputs: Sequence[str]) -> list[Row]:
+        """Several INPUTs are a query and the items to rank; one is a text to embed. A row may be written as JSON."""
+        rows = [json_row(text, self.asked) for text in inputs]
+        found = [row for row in rows if row is not None]
+        if len(found) == len(inputs):
+            return found
+        return [{"query": inputs[0], "items": list(inputs[1:])} if len(inputs) > 1 else {"text": inputs[0]}]
+
+    def asked_problems(self, row: Row) -> list[str]:
+        if "text" in row:
+            return text_problems(row, ("text",))
+        items = row.get("items")
+        good = isinstance(items, list) and items and all(isinstance(item, str) and item.strip() for item in items)
+        return text_problems(row, ("query",)) + ([] if good else ['"items" must be a list of texts, none of them empty'])
+
+    def inputs(self, config: Mapping[str, Any], accepted: Collection[str]) -> tuple[GraphTensor, ...]:
+        return text_inputs(config, accepted)
+
+    def encode(self, row: Row, processor: Tokenizer, labels: Sequence[str]) -> Example:
+        """Return query and item int32 [T] and their length together int32 []; of a row {"text"} ids int32 [T]."""
+        if "text" in row:
+            return single(np.array(processor.encode(row["text"], add_special_tokens=True), dtype=np.int32))
+        pair = {name: np.array(processor.encode(row[name], add_special_tokens=True), dtype=np.int32) for name in PAIR}
+        return Example({**pair, "length": np.array(sum(map(len, pair.values())), dtype=np.int32)})
+
+    def truncate(self, example: Example, max_length: int) -> Example:
+        if "ids" in example.arrays:
+            return cut_before_last(example, max_length)
+        pair = {name: cut_before_last(single(example.arrays[name]), max_length).arrays["ids"] for name in PAIR}
+        return Example({**pair, "length": np.array(sum(map(len, pair.values())), dtype=np.int32)})
+
+    def example_problems(self, example: Example, max_length: int) -> list[str]:
+        sizes = {name: len(example.arrays[name]) for name in PAIR}
+        over = ((name, size) for name, size in sizes.items() if size > max_length)
+        return [f'"{name}" has {size} tokens, over the limit of {max_length}' for name, size in over]
+
+    def pieces(self, row: Row, processor: Tokenizer, labels: Sequence[str], max_length: int) -> list[Example]:
+        texts = [row["text"]] if "text" in row else [row["query"], *row["items"]]
+        return [self.truncate(self.encode({"text": text}, processor, labels), max_length) for text in texts]
+
+    def trial_examples(self, processor: Tokenizer) -> list[Example]:
+        texts = [text for whole in TRIAL_TEXTS for text in (whole, whole[: len(whole) // 2])]
+        return [self.encode({"text": text}, processor, []) for text in texts]
+
+    def collate(self, examples: Sequence[Example], processor: Tokenizer) -> dict[str, NDArray[Any]]:
+        pad = processor.pad_token_id or 0
+        if "ids" in examples[0].arrays:
+            return padded(examples, pad)
+        texts = {name: [example.arrays[name] for example in examples] for name in PAIR}
+        batch = padded([single(ids) for name in PAIR for ids in texts[name]], pad)
+        marks = {name: [zlib.crc32(ids.tobytes()) for ids in found] for name, found in texts.items()}
+        return batch | {f"labels_{name}": np.array(found, dtype=np.int64) for name, found in marks.items()}
+
+    def loss(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
+        """Return the cross-entropy of each query's own item among those of the batch that do not fit it too."""
+        import torch
+
+        inputs = {name: tensor for name, tensor in batch.items() if not name.startswith("labels")}
+        queries_BH, items_BH = model.outputs(**inputs)["sentence_embedding"].float().chunk(2)
+        scores_BB, own = queries_BH @ items_BH.T / TEMPERATURE, torch.arange(len(queries_BH))
+        same = [batch[name][:, None] == batch[name][None, :] for name in ("labels_query", "labels_item")]
+        scores_BB = scores_BB.masked_fill((same[0] | same[1]) & (own[:, None] != own[None, :]), float("-inf"))
+        return torch.nn.functional.cross_entropy(scores_BB, own, reduction="sum"), len(own)
+
+    def evaluate(
+        self, predictor: Predictor, rows: Sequence[Row], examples: Sequence[Example], processor: Tokenizer,
+        labels: Sequence[str], *, generate: bool,
+    ) -> Metrics:  # fmt: skip
+        """Return what ranking the distinct items of all these rows gives for each query; loss in nats per query."""
+        own = {name: [example.arrays[name].tobytes() for example in examples] for name in PAIR}
+        numbers = {text: number for number, text in enumerate(dict.fromkeys([*own["query"], *own["item"]]))}
+        texts = [single(np.frombuffer(text, dtype=np.int32)) for text in numbers]
+        parts = [predictor.outputs(texts[start : start + AT_ONCE]) for start in range(0, len(texts), AT_ONCE)]
+        vectors = np.stack([said["sentence_embedding"] for part in parts for said in part]).astype(np.float64)
+        queries, items = (list(dict.fromkeys(own[name])) for name in PAIR)
+        scores = vectors[[numbers[text] for text in queries]] @ vectors[[numbers[text] for text in items]].T
+        place = {text: number for number, text in enumerate(items)}
+        row_of = {text: number for number, text in enumerate(queries)}
+        relevant = np.zeros(scores.shape, dtype=bool)
+        for query, item in zip(own["query"], own["item"], strict=True):
+            relevant[row_of[query], place[item]] = True
+        losses = -np.where(relevant, log_softmax(scores / TEMPERATURE), -np.inf).max(axis=1)
+        return {"loss": float(losses.mean()), **retrieval_scores(scores, relevant)}
+
+    def compared(self, outputs: Mapping[str, NDArray[np.float32]], example: Example) -> NDArray[np.float32]:
+        return outputs["sentence_embedding"][None]
+
+    def join(
+        self, outputs: Sequence[Mapping[str, NDArray[Any]]], row: Row, examples: Sequence[Example], processor: Tokenizer,
+        labels: Sequence[str],
+    ) -> Any:  # fmt: skip
+        """Return {"embedding"} of a text, or the items as [{"item", "score"}], the closest first; scores are cosines."""
+        vectors = np.stack([said["sentence_embedding"] for said in outputs])
+        if "text" in row:
+            return {"embedding": [float(value) for value in vectors[0]]}
+        return ranking(row["items"], (vectors[1:] @ vectors[0]).tolist())
+
+    def answer_text(self, answer: Any) -> str:
+        if isinstance(answer, list):
+            return ranking_text(answer)
+        first = ", ".join(f"{value:.4f}" for value in answer["embedding"][:6])
+        return f"[{first}, …] ({len(answer['embedding'])} numbers; --json has all)"
+
+    def show(self, example: Example, processor: Tokenizer, labels: Sequence[str] = ()) -> str:
+        from rich.markup import escape
+
+        query, item = (escape(processor.decode(example.arrays[name].tolist(), skip_special_tokens=False)) for name in PAIR)
+        return f"{query} → [bold green]⟦{item}⟧[/bold green]"
+
+
+def single(ids: NDArray[np.int32]) -> Example:
+    return Example({"ids": ids})
