@@ -155,12 +155,15 @@ def time_classifier(model: Any) -> dict[str, float]:
     example = classifier.task.trial_examples(classifier.processor)[0]
     if "ids" in example.arrays:
         length = min(CLASSIFIER_TOKENS, classifier.max_length)
-        ids = np.arange(length, dtype=np.int32) % classifier.processor.vocab_size
-        example = Example({"ids": ids, "label": np.array(-1, np.int32)})
+        ids, whole = np.arange(length, dtype=np.int32) % classifier.processor.vocab_size, len(example)
+        arrays = {
+            n: np.resize(a, (length, *a.shape[1:])) if a.ndim and len(a) == whole else a for n, a in example.arrays.items()
+        }
+        example = Example({**arrays, "ids": ids})
     times = []
     for _ in range(CLASSIFIER_RUNS):
         started = time.perf_counter()
-        classifier.logits([example])
+        classifier.outputs([example])
         times.append(1000 * (time.perf_counter() - started))
     return {"ms_per_input": statistics.median(times[1:])}
 

@@ -175,7 +175,9 @@ def onnx_logits(session: DecoderSession, prompt: Sequence[int]) -> tuple[Array, 
 def verify_network(classifier: Classifier, model: Network, *, quantized: bool) -> dict[str, Any]:
     """Compare on the task's trial examples, batched by ONNX Runtime and one at a time in torch: padding must not matter."""
     task, processor = classifier.task, classifier.processor
-    examples = [task.truncate(example, classifier.max_length) for example in task.trial_examples(processor)]
+    longest = classifier.max_length
+    cut = (task.truncate(example, longest) for example in task.trial_examples(processor))
+    examples = [window for example in cut for window in task.windows(example, longest)]
     predictor = TorchPredictor(model, functools.partial(task.collate, processor=processor))
 
     def reference() -> Array:
