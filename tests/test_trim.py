@@ -285,4 +285,8 @@ def test_what_cannot_be_trimmed_says_so(tmp_path: Path, decoder_model: Path, row
         export(str(decoder_model), tmp_path / "bundle", trim_vocabulary=str(rows), adapters="swap")
     with pytest.raises(SettingsError, match="for models of text; this one is for image-classification"):
         export(str(tiny.save_vision(tmp_path / "vision", "vit")), tmp_path / "bundle", trim_vocabulary=str(rows))
+    config = tiny.save_decoder(tmp_path / "both") / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "is_encoder_decoder": True}), encoding="utf-8")
+    with pytest.raises(SettingsError, match="for encoders and decoders; this model is both"):
+        export(str(config.parent), tmp_path / "bundle", trim_vocabulary=str(rows))
     assert not (tmp_path / "bundle").exists()

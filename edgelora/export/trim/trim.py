@@ -43,6 +43,8 @@ def trim(merged: Path, out: Path, source: Source) -> Path:
     task = get_task(checkpoint.task)
     if not isinstance(task.open_processor(merged), Tokenizer):
         raise SettingsError(f"--trim-vocabulary is for models of text; this one is for {task.name}", hint="leave it out")
+    if checkpoint.config.get("is_encoder_decoder"):
+        raise SettingsError("--trim-vocabulary is for encoders and decoders; this model is both", hint="leave it out")
     tokenizer = Heard.from_folder(merged)
     assert isinstance(tokenizer, Heard)
     tokenizer.passages = []
