@@ -156,6 +156,15 @@ class GenerateConfig:
     repetition_penalty: float = setting(1.0, "Above 1, tokens that occurred become less likely.", flag=True, allowed=ABOVE_0)
     stop: tuple[str, ...] | None = setting(None, "End the answer before this text; may be given more than once.", flag=True)
     seed: int = setting(0, "Seed of the sampling.", flag=True, allowed=AT_LEAST_0)
+    num_beams: int | None = setting(
+        None, "Beams of a translation or summary; 1 is greedy. Default: the bundle's.", flag=True, allowed=AT_LEAST_1
+    )
+    length_penalty: float | None = setting(
+        None, "Exponent of the length that a beam's score is divided by. Default: the bundle's, mostly 1."
+    )
+    no_repeat_ngram_size: int | None = setting(
+        None, "N-grams of this size occur once in a translation or summary; 0: any. Default: the bundle's.", allowed=AT_LEAST_0
+    )
     system: str | None = setting(None, "System turn put before the prompt.", flag=True)
     raw: bool = setting(False, "Give the prompt to the model as it is, without the chat template.", flag=True)
 

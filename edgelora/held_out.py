@@ -204,11 +204,16 @@ def load_reference(run: Path, source: ModelSource, task: Task) -> Reference | No
     path = run / REFERENCE
     if not path.is_file():
         return None
-    return Reference.load(path, head_of(source) if task.auto_class == "AutoModelForCausalLM" else None)
+    has_head = task.writes or task.auto_class == "AutoModelForCausalLM"
+    return Reference.load(path, head_of(source, task) if has_head else None)
 
 
-def head_of(source: ModelSource) -> Head:
+def head_of(source: ModelSource, task: Task) -> Head:
     """Return a decoder's LM head as its source has it, without the rest of the model."""
+    if task.writes:
+        from edgelora.models.seq2seq import read_head
+
+        return read_head(source, task)
     from edgelora.models.families import decoder_spec
     from edgelora.models.head import Head
     from edgelora.models.linear import FrozenWeight

@@ -202,7 +202,7 @@ class LoRA(nn.Module):
         return self.base
 
     def __getattr__(self, name: str) -> Any:  # transformers' code asks a convolution for its geometry
-        return getattr(self.base, name) if name in GEOMETRY else super().__getattr__(name)
+        return getattr(self.base, name) if name in (*GEOMETRY, "weight") else super().__getattr__(name)
 
     @property
     def in_weight_space(self) -> bool:

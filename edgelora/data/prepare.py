@@ -221,7 +221,7 @@ class Writer:
             self.texts[split].write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
         for part in self.found.task.windows(cut, self.max_length) if split == "train" else [cut]:
             self.stores[split].add(part)
-            targets = int(part.arrays["supervised"].sum()) if "supervised" in part.arrays else 1
+            targets = 1 if part.answer_length is None else part.answer_length
             for counts, amount in ((self.rows, 1), (self.tokens, len(part)), (self.supervised, targets)):
                 counts[split] = counts.get(split, 0) + amount
 

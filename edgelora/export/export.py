@@ -177,14 +177,17 @@ def write_bundle(work: Work, max_length: int | None) -> None:
         raise SettingsError(f"max_length is {max_length}; this model takes 1 to {positions} tokens")
     inputs = write_graph(work, positions)
     longest = max_length or min(positions, MAX_LENGTH)
-    facts = BundleFacts(checkpoint.folder, checkpoint.config, work.precision, inputs, positions, longest, eos, bos, pad)
+    facts = BundleFacts(
+        checkpoint.folder, checkpoint.config, work.precision, inputs, positions, longest, eos, bos, pad, graph_names(work)
+    )
     write_files(work.staging, facts, spec)
     work.manifest |= {
         "task": checkpoint.task,
         "labels": checkpoint.labels,
         "precision": work.precision,
         "device": work.device,
-        "model_file": f"onnx/{facts.model_name}",
+        "model_file": f"onnx/{facts.graphs[0]}",
+        **({"encoder_file": f"onnx/{facts.graphs[1]}"} if len(facts.graphs) > 1 else {}),
         "max_length": facts.max_length,
         "tokens": {"eos": list(eos), "bos": bos, "pad": pad},
         "layers": checkpoint.layers,
@@ -207,9 +210,15 @@ def write_bundle(work: Work, max_length: int | None) -> None:
 
 def write_graph(work: Work, positions: int) -> tuple[str, ...]:
     """Write the graph and its weights into onnx/; return the names of its inputs."""
-    path = work.staging / "onnx" / MODEL_NAMES[work.precision]
+    path = work.staging / "onnx" / graph_names(work)[0]
     path.parent.mkdir()
     levels = work.checkpoint.manifest.get("accuracy_levels") or {}
+    if get_task(work.checkpoint.task).writes:
+        from edgelora.export.seq2seq import export_seq2seq
+
+        graphs = export_seq2seq(work.checkpoint, path.with_name(graph_names(work)[1]), path, levels)
+        work.nodes = graphs.nodes
+        return graphs.inputs
     built: DecoderGraph | TracedGraph
     if work.spec is not None:
         built = build_decoder(
@@ -224,6 +233,14 @@ def write_graph(work: Work, positions: int) -> tuple[str, ...]:
         unpack_for_web(built.model, work.nodes)
     save(built.model, path)
     return tuple(str(value.name) for value in built.model.graph.inputs)
+
+
+def graph_names(work: Work) -> tuple[str, ...]:
+    """Return the names of the graphs' files, that of the decoder first."""
+    name = MODEL_NAMES[work.precision]
+    if not get_task(work.checkpoint.task).writes:
+        return (name,)
+    return tuple(name.replace("model", part, 1) for part in ("decoder_model_merged", "encoder_model"))
 
 
 def exceptions(nodes: dict[str, dict[str, Any]]) -> dict[str, int]:

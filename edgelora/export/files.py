@@ -26,9 +26,13 @@ MODEL_NAMES = {
 WEB_DTYPES = {"int2": "q2", "int3": "q3", "int4": "q4", "int8": "q8", "fp32": "fp32"}
 PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 VOCABULARIES = ("vocab.txt", "vocab.json", "merges.txt", "tokenizer.model")
-COPIED = (*PREPROCESSORS, *VOCABULARIES, "tokenizer.json", "special_tokens_map.json")
+COPIED = (*PREPROCESSORS, *VOCABULARIES, "tokenizer.json", "special_tokens_map.json", "target/tokenizer.json")
 # Model types of onnxruntime-genai 0.18 that read this graph; "decoder" is its name for any other.
 GENAI_TYPES = ("gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
+WRITING = (
+    "decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id", "forced_bos_token_id", "forced_eos_token_id",
+    "num_beams", "length_penalty", "early_stopping", "no_repeat_ngram_size", "max_length", "min_length", "bad_words_ids",
+)  # fmt: skip
 TRANSFORMERS_5_KEYS = ("backend", "is_local", "local_files_only", "processor_class", "auto_map")
 
 
@@ -45,10 +49,11 @@ class BundleFacts:
     eos: tuple[int, ...]
     bos: int | None
     pad: int | None
+    graphs: tuple[str, ...]  # names of the graphs' files, that of the decoder first
 
     @property
     def model_name(self) -> str:
-        return MODEL_NAMES[self.precision]
+        return self.graphs[0]
 
 
 def write_files(folder: Path, facts: BundleFacts, spec: DecoderSpec | None) -> None:
@@ -58,6 +63,8 @@ def write_files(folder: Path, facts: BundleFacts, spec: DecoderSpec | None) -> N
     if spec is not None:
         write_json(folder / "generation_config.json", generation_config(facts))
         write_json(folder / "genai_config.json", genai_config(facts, spec))
+    elif len(facts.graphs) > 1:
+        write_json(folder / "generation_config.json", writing_config(facts))
 
 
 def bundle_config(folder: Path, facts: BundleFacts) -> dict[str, Any]:
@@ -70,8 +77,9 @@ def bundle_config(folder: Path, facts: BundleFacts) -> dict[str, Any]:
     if facts.eos:
         config |= {"eos_token_id": facts.eos[0] if len(facts.eos) == 1 else list(facts.eos), "pad_token_id": facts.pad}
     web: dict[str, Any] = {"dtype": WEB_DTYPES[facts.precision]}
-    if (folder / "onnx" / f"{facts.model_name}_data").is_file():
-        web["use_external_data_format"] = {facts.model_name: 1}
+    large = [name for name in facts.graphs if (folder / "onnx" / f"{name}_data").is_file()]
+    if large:
+        web["use_external_data_format"] = dict.fromkeys(large, 1)
     config["transformers.js_config"] = web
     return config
 
@@ -98,11 +106,20 @@ def generation_config(facts: BundleFacts) -> dict[str, Any]:
     return {"_from_model_config": False, "max_length": facts.max_length, **config, **tokens}
 
 
+def writing_config(facts: BundleFacts) -> dict[str, Any]:
+    """Return generation_config.json of an encoder-decoder: the model's own, with what its config.json names."""
+    config = {key: facts.config[key] for key in WRITING if facts.config.get(key) is not None}
+    own = read_json(facts.source / "generation_config.json")
+    kept = {key: value for key, value in own.items() if key != "transformers_version" and value is not None}
+    return {**config, **kept, "_from_model_config": False}
+
+
 def write_tokenizer(folder: Path, facts: BundleFacts) -> None:
     """Copy the tokenizer; its config names a class that 4.57 knows and carries the chat template as well."""
     for name in COPIED:
         source = facts.source / name
         if source.is_file():
+            (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(source.read_bytes())
     if not (facts.source / "tokenizer.json").is_file():
         return

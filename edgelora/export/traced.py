@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from edgelora.errors import ModelError
+from edgelora.export.attention import ATTENTION, emit, register_attention
 from edgelora.export.graph import save
 from edgelora.export.passes import apply
 from edgelora.models.network import build_network
@@ -30,7 +31,6 @@ from edgelora.quant.grid import QuantizedTensor
 from edgelora.tasks import get_task
 from edgelora.tasks.base import GraphTensor
 
-ATTENTION = "edgelora_onnx"  # the name of our attention function among transformers' implementations
 OPSET = 20  # the first with Gelu
 FAST_LEVEL = 4  # MatMulNBits' accuracy_level with int8 activations
 WRAPPER = "traced_model."  # what the wrapper module puts in front of every initializer's name
@@ -63,35 +63,49 @@ def build_traced(checkpoint: MergedCheckpoint, accuracy_levels: Mapping[str, int
     task = get_task(checkpoint.task)
     model = load_for_export(checkpoint, accuracy_levels or {})
     wanted = task.inputs(checkpoint.config, inspect.signature(model.forward).parameters)
-    outputs = [output.name for output in task.outputs]
-    traced = Traced(model, [tensor.name for tensor in wanted], outputs)
+    traced = Traced(model, [tensor.name for tensor in wanted], [output.name for output in task.outputs])
+    graph = trace(traced, wanted, task.outputs)
+    return TracedGraph(graph, matmul_nodes(graph))
+
+
+def trace(
+    module: nn.Module,
+    wanted: Sequence[GraphTensor],
+    outputs: Sequence[GraphTensor],
+    sizes: Mapping[str, int] | None = None,
+) -> ir.Model:
+    """Return the graph of a module that takes tensors in the order of `wanted` and gives those of `outputs`.
+
+    Its initializers are named as in `module.traced_model`. sizes: of the named axes, where they must fit together. Raises
+    ModelError if torch cannot trace it.
+    """
     axes = dict.fromkeys(size for tensor in wanted for size in tensor.shape if isinstance(size, str))
+    least = {name: size for tensor in wanted for name, size in tensor.smallest.items()}
+    sizes = sizes or {name: number + least.get(name, 2) for number, name in enumerate(axes)}
     dynamic = tuple({i: Dim.DYNAMIC for i, size in enumerate(tensor.shape) if isinstance(size, str)} for tensor in wanted)
     with quiet():
         try:
             program = torch.onnx.export(
-                traced, examples(wanted, list(axes)), dynamo=True, opset_version=OPSET, verbose=False,
-                input_names=traced.names, output_names=outputs, dynamic_shapes=(dynamic,),
+                module, examples(wanted, sizes), dynamo=True, opset_version=OPSET, verbose=False,
+                input_names=[tensor.name for tensor in wanted], output_names=[tensor.name for tensor in outputs],
+                dynamic_shapes=(dynamic,),
             )  # fmt: skip
         except torch.onnx.errors.OnnxExporterError as error:
-            raise ModelError(f"{type(model).__name__} cannot be traced: {last_line(error)}") from error
+            raise ModelError(f"{type(module.traced_model).__name__} cannot be traced: {last_line(error)}") from error
     assert program is not None
     graph = apply(rename(program.model))
     for value, tensor in zip(graph.graph.inputs, wanted, strict=True):
         value.shape = ir.Shape(tensor.shape)
-    for value, tensor in zip(graph.graph.outputs, task.outputs, strict=True):
+    for value, tensor in zip(graph.graph.outputs, outputs, strict=True):
         assert value.shape is not None
-        sizes = zip(value.shape, tensor.shape, strict=True)
-        value.shape = ir.Shape([size if isinstance(size, int) else name for size, name in sizes])
-    return TracedGraph(graph, matmul_nodes(graph))
+        pairs = zip(value.shape, tensor.shape, strict=True)
+        value.shape = ir.Shape([size if isinstance(size, int) else name for size, name in pairs])
+    return graph
 
 
-def examples(wanted: Sequence[GraphTensor], axes: Sequence[str]) -> tuple[Tensor, ...]:
+def examples(wanted: Sequence[GraphTensor], sizes: Mapping[str, int]) -> tuple[Tensor, ...]:
     """Return ones of the inputs' shapes, each named axis of a size of its own: 0 and 1 would be taken for constants."""
-    shapes = [
-        [axes.index(size) + tensor.smallest.get(size, 2) if isinstance(size, str) else size for size in tensor.shape]
-        for tensor in wanted
-    ]
+    shapes = [[sizes[size] if isinstance(size, str) else size for size in tensor.shape] for tensor in wanted]
     return tuple(torch.ones(shape, dtype=getattr(torch, tensor.dtype)) for shape, tensor in zip(shapes, wanted, strict=True))
 
 
@@ -120,6 +134,7 @@ class GridLinear(nn.Module):
         self.register_buffer("codes", weight.codes)
         self.register_buffer("scales", weight.scales)
         self.register_buffer("bias", bias)
+        self.weight = None  # T5 asks for its type
         self.num_outputs = weight.shape[0]
         self.attributes: dict[str, Any] = {
             "N": weight.shape[0], "K": weight.shape[1], "bits": weight.bits, "block_size": weight.block_size,
@@ -138,8 +153,9 @@ class GridEmbedding(nn.Module):
     codes: Tensor
     scales: Tensor
 
-    def __init__(self, weight: QuantizedTensor) -> None:
+    def __init__(self, weight: QuantizedTensor, scale: float = 1.0) -> None:
         super().__init__()
+        self.scale = scale
         assert weight.bits == 8, "merge keeps embeddings in 8 bits"
         self.register_buffer("codes", weight.codes)
         self.register_buffer("scales", weight.scales)
@@ -149,56 +165,13 @@ class GridEmbedding(nn.Module):
         codes = emit("Gather", [self.codes, ids], {"axis": 0}, (*ids.shape, *self.codes.shape[1:]), torch.uint8)
         scales = emit("Gather", [self.scales, ids], {"axis": 0}, (*ids.shape, self.scales.shape[1]))
         rows = ((codes.float() - 128.0) * scales.unsqueeze(-1)).flatten(-2)
-        return rows if rows.shape[-1] == self.width else rows[..., : self.width]
-
-
-def emit(
-    operator: str, inputs: list[Tensor | None], attributes: dict[str, Any], shape: Any, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """Put one ONNX node into the trace."""
-    node: Tensor = torch.onnx.ops.symbolic(operator, inputs, attributes, dtype=dtype, shape=shape)
-    return node
-
-
-def attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
-) -> tuple[Tensor, None]:
-    """transformers' attention interface: query `[B, H, S, D]` to `[B, S, H, D]`, as one MultiHeadAttention node.
-
-    attention_mask comes from `mask`: int32 `[B, S]`, 1 for real keys, or fp32 `[B, 1, S, S]` that is added to the scores.
-    """
-    batch, heads, length, head_dim = query.shape
-    if key.shape[1] != heads:
-        raise ModelError(f"the grouped attention of {type(module).__name__} is not known to the export")
-    rows = [tensor.transpose(1, 2).reshape(batch, -1, heads * head_dim) for tensor in (query, key, value)]
-    scale = options.get("scaling")
-    attributes = {"num_heads": heads, "scale": float(head_dim**-0.5 if scale is None else scale)}
-    additive = attention_mask is not None and attention_mask.ndim == 4
-    inputs = [*rows, None, None, attention_mask] if additive else [*rows, None, attention_mask]
-    output = emit("com.microsoft::MultiHeadAttention", inputs, attributes, (batch, length, heads * head_dim))
-    return output.view(batch, length, heads, head_dim), None
-
-
-def mask(*, attention_mask: Tensor | None = None, mask_function: Any = None, **options: Any) -> Tensor | None:
-    """transformers' mask interface: MultiHeadAttention takes a padding mask `[B, S]` as it is, in int32.
-
-    Where tokens see a window only (ModernBERT) it is transformers' own additive mask.
-    """
-    from transformers.masking_utils import bidirectional_mask_function, eager_mask
-
-    if mask_function is not bidirectional_mask_function:
-        additive: Tensor | None = eager_mask(attention_mask=attention_mask, mask_function=mask_function, **options)
-        return additive
-    return None if attention_mask is None else attention_mask.to(torch.int32)
+        rows = rows if rows.shape[-1] == self.width else rows[..., : self.width]
+        return rows if self.scale == 1.0 else rows * self.scale
 
 
 def load_for_export(checkpoint: MergedCheckpoint, accuracy_levels: Mapping[str, int]) -> Any:
     """Return transformers' model with the folder's tensors in it, its layers on the grid as modules that emit nodes."""
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface
-
-    AttentionInterface.register(ATTENTION, attention)
-    AttentionMaskInterface.register(ATTENTION, mask)
+    register_attention()
     model = build_network(checkpoint.config, get_task(checkpoint.task).auto_class, checkpoint.labels).eval()
     model.config._attn_implementation = ATTENTION if model._supports_attention_backend else "eager"
     for path in checkpoint.layers:
@@ -209,13 +182,18 @@ def load_for_export(checkpoint: MergedCheckpoint, accuracy_levels: Mapping[str, 
         else:
             bias = checkpoint.read(f"{path}.bias") if checkpoint.has(f"{path}.bias") else None
             model.set_submodule(path, GridLinear(weight, bias, accuracy_levels.get(path, FAST_LEVEL)))
-    for name, _ in list(model.named_parameters()):
+    fill_from(model, checkpoint)
+    return model
+
+
+def fill_from(model: nn.Module, checkpoint: MergedCheckpoint, skip: Collection[str] = ()) -> None:
+    """Give every parameter but those of the names `skip`, and what other buffers the folder has, its tensor."""
+    for name in [name for name, _ in model.named_parameters() if name not in skip]:
         path, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(path), leaf, nn.Parameter(checkpoint.read(name), requires_grad=False))
     for name, buffer in list(model.named_buffers()):
         if checkpoint.has(name):  # statistics of batch norm
             buffer.copy_(checkpoint.read(name))
-    return model
 
 
 def rename(model: ir.Model) -> ir.Model:

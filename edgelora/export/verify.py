@@ -10,7 +10,7 @@ references is the yardstick: ONNX Runtime may be a few times as far from either,
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -27,6 +27,7 @@ from edgelora.folder import MANIFEST, read_manifest
 from edgelora.models.predictor import TorchPredictor
 from edgelora.quant.digest import different, digest_arrays, shortened
 from edgelora.quant.grid import QuantizedTensor
+from edgelora.tasks import get_task
 from edgelora.tasks.base import TRIAL_TEXTS
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def check(work: Work, *, force: bool) -> dict[str, Any]:
     Raises ModelError if codes or scales differ, always, and unless `force` is given if the results do.
     """
     merged, trained = work.checkpoint.manifest, trained_digests(work)
-    compared = check_codes(work.model_path, work.nodes, work.checkpoint, {**merged.get("digests", {}), **trained})
+    compared = check_codes(work.graph_paths, work.nodes, work.checkpoint, {**merged.get("digests", {}), **trained})
     result = {"layers_bit_identical": compared, "layers_as_trained": len(trained), **compare(work)}
     if result["problems"]:
         message = "\n  ".join(["ONNX Runtime does not compute what the merged weights say:", *result["problems"]])
@@ -121,6 +122,11 @@ def trained_digests(work: Work) -> dict[str, str]:
 def compare(work: Work) -> dict[str, Any]:
     """Run the new graph beside the torch model of the merged folder."""
     quantized = bool(work.checkpoint.layers)
+    if get_task(work.checkpoint.task).writes:
+        from edgelora.export.verify_written import verify_written
+        from edgelora.run.model import load
+
+        return verify_written(load(work.staging).writer, work.network, quantized=quantized)
     if work.spec is None:
         from edgelora.bundle import open_bundle
         from edgelora.run.classify import Classifier
@@ -193,28 +199,30 @@ def verify_network(classifier: Classifier, model: Network, *, quantized: bool) -
 
 
 def check_codes(
-    model_path: Path, nodes: Mapping[str, Mapping[str, Any]], weights: Weights, wanted: Mapping[str, str] | None = None
+    files: Path | Sequence[Path],
+    nodes: Mapping[str, Mapping[str, Any]],
+    weights: Weights,
+    wanted: Mapping[str, str] | None = None,
 ) -> int:
-    """Compare the codes and scales of every layer in the file with the merged folder's, bit for bit; return their number.
+    """Compare the codes and scales of every layer in the graphs' files with the merged folder's, bit for bit; return how many.
 
     wanted: digests that they must have too: of the last training step, or from when they were merged (quant/digest.py).
     Raises ModelError naming each layer that differs.
     """
-    problems, compared = [], 0
+    problems: list[str] = []
     digests: dict[str, str] = {}
-    for path, found in stored_layers(model_path, nodes, weights).items():
+    for path, found in stored_layers([files] if isinstance(files, Path) else files, nodes, weights):
         weight = weights.read_linear(path)
         assert isinstance(weight, QuantizedTensor)
         same = np.array_equal(found.codes, weight.codes.numpy())
         if not same or not np.array_equal(found.scales, weight.scales.numpy()):
-            problems.append(f"{path}: the {'scales' if same else 'codes'} in {model_path.name} are not the merged folder's")
+            problems.append(f"{path}: the {'scales' if same else 'codes'} in {found.file} are not the merged folder's")
         digests[path] = digest_arrays(found.codes, found.scales, found.bits, found.block_size, found.num_inputs)
-        compared += 1
     changed = shortened([path for path in different(digests, wanted or {}) if not any(path in text for text in problems)])
     problems += [f"{path}: the codes or scales are not those that were trained or merged" for path in changed]
     if problems:
         raise ModelError("\n  ".join(["the exported graph does not hold what was merged:", *problems]))
-    return compared
+    return len(digests)
 
 
 class Stored(NamedTuple):
@@ -225,43 +233,48 @@ class Stored(NamedTuple):
     bits: int
     block_size: int
     num_inputs: int
+    file: str
 
 
-def stored_layers(model_path: Path, nodes: Mapping[str, Mapping[str, Any]], weights: Weights) -> dict[str, Stored]:
-    """Return the layers in the file: the rows of each MatMulNBits, and the tables that are only gathered from.
+def stored_layers(
+    files: Sequence[Path], nodes: Mapping[str, Mapping[str, Any]], weights: Weights
+) -> Iterator[tuple[str, Stored]]:
+    """Yield the layers in each file: the rows of each MatMulNBits, and the tables that are only gathered from.
 
-    Raises ModelError naming the layers of the merged folder that are not there.
+    Raises ModelError naming the layers of the merged folder that are in none.
     """
     import onnx_ir as ir
 
-    graph = ir.load(model_path).graph
-    by_name, layers = {node.name: node for node in graph}, {}
-    for name, facts in nodes.items():
-        if "unpacked" in facts:
-            values = [graph.initializers.get(facts["unpacked"][part]) for part in ("codes", "scales")]
-            bits, block_size, inputs = facts["bits"], facts["block_size"], facts["unpacked"]["inputs"]
-        else:
-            node = by_name[name]
-            values = [node.inputs[index] for index in (1, 2)]
-            bits, block_size, inputs = (node.attributes[key].as_int() for key in ("bits", "block_size", "K"))
-        codes, scales = (value.const_value.numpy() for value in values if value is not None and value.const_value is not None)
-        for path, (start, stop) in facts["rows"].items():
-            layers[path] = Stored(codes[start:stop], scales[start:stop], bits, block_size, inputs)
-    missing = []
-    for path in layer_facts(weights):
-        parts = [graph.initializers.get(f"{path}.{part}") for part in ("codes", "scales")]
-        if path in layers:
-            continue
-        if any(part is None or part.const_value is None for part in parts):
-            missing.append(path)
-            continue
-        weight = weights.read_linear(path)
-        assert isinstance(weight, QuantizedTensor)
-        codes, scales = (part.const_value.numpy() for part in parts if part is not None and part.const_value is not None)
-        layers[path] = Stored(codes, scales, weight.bits, weight.block_size, weight.num_inputs)
+    missing = set(layer_facts(weights))
+    for file in files:
+        graph = ir.load(file).graph
+        by_name = {node.name: node for node in graph}
+        read: set[str] = set()
+        for name, facts in nodes.items():
+            if "unpacked" in facts:
+                values = [graph.initializers.get(facts["unpacked"][part]) for part in ("codes", "scales")]
+                bits, block_size, inputs = facts["bits"], facts["block_size"], facts["unpacked"]["inputs"]
+            elif name in by_name:
+                node = by_name[name]
+                values = [node.inputs[index] for index in (1, 2)]
+                bits, block_size, inputs = (node.attributes[key].as_int() for key in ("bits", "block_size", "K"))
+            else:  # of another file
+                continue
+            codes, scales = (v.const_value.numpy() for v in values if v is not None and v.const_value is not None)
+            for path, (start, stop) in facts["rows"].items():
+                yield path, Stored(codes[start:stop], scales[start:stop], bits, block_size, inputs, file.name)
+                read.add(path)
+        for path in set(layer_facts(weights)) - read:
+            parts = [graph.initializers.get(f"{path}.{part}") for part in ("codes", "scales")]
+            arrays = [part.const_value.numpy() for part in parts if part is not None and part.const_value is not None]
+            if len(arrays) == 2:
+                weight = weights.read_linear(path)
+                assert isinstance(weight, QuantizedTensor)
+                yield path, Stored(arrays[0], arrays[1], weight.bits, weight.block_size, weight.num_inputs, file.name)
+                read.add(path)
+        missing -= read
     if missing:
-        raise ModelError("\n  ".join(["the exported graph lacks layers of the merged folder:", *shortened(missing)]))
-    return layers
+        raise ModelError("\n  ".join(["the exported graph lacks layers of the merged folder:", *shortened(sorted(missing))]))
 
 
 def layer_facts(weights: Weights) -> Mapping[str, Any]:

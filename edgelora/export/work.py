@@ -37,6 +37,12 @@ class Work:
     def model_path(self) -> Path:
         return self.staging / str(self.manifest["model_file"])
 
+    @property
+    def graph_paths(self) -> list[Path]:
+        """The files of all graphs."""
+        encoder = self.manifest.get("encoder_file")
+        return [self.model_path, *([self.staging / str(encoder)] if encoder else [])]
+
     @cached_property
     def network(self) -> Any:
         """The torch model of the merged folder (Decoder or Network), its weights mapped from there, with `adapter` on it."""

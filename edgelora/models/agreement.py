@@ -95,7 +95,7 @@ class Watched:
 
     def __init__(self, predictor: TorchPredictor, task: Task) -> None:
         self.predictor, self.task = predictor, task
-        self.generate = predictor.generate
+        self.generate, self.write = predictor.generate, predictor.write
         self.head: Head | None = getattr(predictor.model, "head", None)
         self.said: dict[int, Tensor] = {}
 
@@ -133,7 +133,7 @@ class WatchedBundle:
 
     def __init__(self, predictor: OnnxPredictor, reference: Reference, task: Task) -> None:
         self.predictor, self.reference, self.task = predictor, reference, task
-        self.generate = predictor.generate
+        self.generate, self.write = predictor.generate, predictor.write
         self.found = Agreement()
         self.seen = 0  # examples whose outputs were compared
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -154,6 +154,10 @@ class Decoder(nn.Module):
     def stream(self, stream: Stream | None) -> None:
         self._stream = stream
         self.head = dataclasses.replace(self.head, release=None if stream is None else stream.drop_table)
+
+    def states(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the last hidden states `[T, H]` of a batch of packed documents."""
+        return self.hidden(batch["ids"], batch["starts"])
 
     def hidden(self, ids_T: Tensor, starts: Tensor, prefix: tuple[int, Tensor] | None = None) -> Tensor:
         """Return the normed last hidden states `[T, H]` of packed documents.

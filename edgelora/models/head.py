@@ -27,7 +27,7 @@ TILE_LOGITS = 1 << 20  # logits at once: 4 MB
 
 @dataclass(frozen=True)
 class Head:
-    """logits = softcap(scale * h Wᵀ), softcap(z) = cap * tanh(z / cap), with W `[V, H]`.
+    """logits = softcap(scale * h Wᵀ) + b, softcap(z) = cap * tanh(z / cap), with W `[V, H]` and b `[V]`.
 
     release: called now and then on the way through W, so that the part behind need not stay in memory.
     """
@@ -36,6 +36,7 @@ class Head:
     scale: float = 1.0
     softcap: float = 0.0
     release: Callable[[], None] | None = None
+    bias: Tensor | None = None
 
     def nll(self, hidden_SH: Tensor, targets_S: Tensor) -> Tensor:
         """Return the summed negative log-likelihood of the targets, a scalar with a gradient to `hidden_SH`."""
@@ -48,15 +49,15 @@ class Head:
 
     def tiles(self, hidden_SH: Tensor) -> Iterator[Tensor]:
         """Yield the logits of TILE_ROWS tokens of the vocabulary after the other, `[S, at most TILE_ROWS]`."""
-        for _, weight_VH in self._tiles():
-            yield self._logits(hidden_SH, weight_VH)
+        for start, weight_VH in self._tiles():
+            yield self._logits(hidden_SH, weight_VH, start)
 
     def argmax(self, hidden_SH: Tensor) -> Tensor:
         """Return the most likely token of each position, int64 `[S]`; the first of equals."""
         best = hidden_SH.new_full((hidden_SH.shape[0],), float("-inf"))
         choice = torch.zeros(hidden_SH.shape[0], dtype=torch.int64)
         for start, weight_VH in self._tiles():
-            value, index = self._logits(hidden_SH, weight_VH).max(-1)
+            value, index = self._logits(hidden_SH, weight_VH, start).max(-1)
             better = value > best
             best = torch.where(better, value, best)
             choice = torch.where(better, index + start, choice)
@@ -71,8 +72,10 @@ class Head:
             ):
                 self.release()
 
-    def _logits(self, hidden_SH: Tensor, weight_VH: Tensor) -> Tensor:
-        return self._finish(gemm.linear(hidden_SH, weight_VH))
+    def _logits(self, hidden_SH: Tensor, weight_VH: Tensor, first: int) -> Tensor:
+        """Return the logits of the tokens from `first` on, whose rows of W are given."""
+        logits = self._finish(gemm.linear(hidden_SH, weight_VH))
+        return logits if self.bias is None else logits.add_(self.bias[first : first + logits.shape[-1]])
 
     def _finish(self, logits: Tensor) -> Tensor:
         """Scale and cap raw logits in place."""
@@ -109,10 +112,10 @@ def _online(hidden_SH: Tensor, targets_S: Tensor, head: Head, *, with_gradient: 
     total = torch.zeros(num_tokens, 1)
     pulled = torch.zeros_like(hidden_SH) if with_gradient else hidden_SH.new_empty(0)
     step = max(1, TILE_LOGITS // TILE_ROWS)
-    for _, weight_VH in head._tiles():
+    for first, weight_VH in head._tiles():
         for start in range(0, num_tokens, step):
             part = slice(start, start + step)
-            logits = head._logits(hidden_SH[part], weight_VH)
+            logits = head._logits(hidden_SH[part], weight_VH, first)
             slope = head._slope(logits) if with_gradient else 1.0
             higher = torch.maximum(maximum[part], logits.amax(-1, keepdim=True))
             shrink = torch.exp(maximum[part] - higher)
@@ -125,7 +128,9 @@ def _online(hidden_SH: Tensor, targets_S: Tensor, head: Head, *, with_gradient: 
                 pulled[part].mul_(shrink).add_(gemm.linear(odds, weight_VH.t()))
     rows_SH = head.weight.rows(targets_S)
     target = head._finish((hidden_SH * rows_SH).sum(-1, keepdim=True))
+    slope_of_target = head._slope(target)
+    target = target if head.bias is None else target + head.bias[targets_S].unsqueeze(-1)
     loss = (total.log() + maximum - target).sum()
     if with_gradient:
-        pulled.div_(total).sub_(rows_SH.mul_(head._slope(target)))
+        pulled.div_(total).sub_(rows_SH.mul_(slope_of_target))
     return loss, pulled

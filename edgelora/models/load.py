@@ -38,9 +38,14 @@ def load_model(
     """
     if task == "text-generation":
         return load_decoder(source, base_bits=base_bits, block_size=block_size, streamed=streamed, bits=bits)
+    wanted = get_task(task)
+    if wanted.writes:
+        from edgelora.models.seq2seq import load_seq2seq
+
+        return load_seq2seq(source, wanted, base_bits=base_bits, block_size=block_size, layer_bits=bits)
     from edgelora.models.network import load_network
 
-    return load_network(source, get_task(task), base_bits=base_bits, block_size=block_size, labels=labels, layer_bits=bits)
+    return load_network(source, wanted, base_bits=base_bits, block_size=block_size, labels=labels, layer_bits=bits)
 
 
 def load_decoder(

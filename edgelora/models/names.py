@@ -26,6 +26,15 @@ VISION_NAMES = (
 )  # fmt: skip
 # A weight as direction and length (weight norm), by torch's names before and after version 2
 WEIGHT_NORM = ((".weight_g", ".parametrizations.weight.original0"), (".weight_v", ".parametrizations.weight.original1"))
+# Encoder-decoders whose one table is called `shared`, and under which other names checkpoints may hold it alone
+SHARED = ("t5", "mt5", "umt5", "bart", "mbart", "marian", "pegasus", "m2m_100", "blenderbot", "blenderbot-small")
+SAME_TABLE = (
+    "model.decoder.embed_tokens",
+    "model.encoder.embed_tokens",
+    "decoder.embed_tokens",
+    "encoder.embed_tokens",
+    "lm_head",
+)
 HEADS = (
     "lm_head.", "classifier.", "pre_classifier.", "cls.", "predictions.", "qa_outputs.", "score.", "head.", "vocab_",
 )  # fmt: skip
@@ -47,4 +56,15 @@ def canonical_names(tensors: dict[str, T], config: dict[str, Any]) -> dict[str, 
         if bare and not name.startswith(HEADS):
             name = f"{prefix}.{name}"
         renamed[name] = tensor
-    return renamed
+    return with_shared_table(renamed, config)
+
+
+def with_shared_table(tensors: dict[str, T], config: dict[str, Any]) -> dict[str, T]:
+    """Return `tensors` with an encoder-decoder's table under the name that transformers gives it: each name of its own to one
+    tensor of the checkpoint."""
+    kind = config.get("model_type")
+    if kind not in SHARED or not config.get("share_encoder_decoder_embeddings", True):
+        return tensors
+    shared = "shared.weight" if "t5" in str(kind) else "model.shared.weight"
+    found = next((name for path in SAME_TABLE if (name := f"{path}.weight") in tensors), None)
+    return tensors if shared in tensors or found is None else {shared: tensors[found], **tensors}

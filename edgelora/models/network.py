@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -85,6 +85,10 @@ class Network(nn.Module):
         lists = [layers for layers in lists if len(layers) == count]
         return list(max(lists, key=lambda layers: sum(1 for _ in layers.modules()), default=[]))
 
+    def inputs_of(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return what the network's class takes of a batch."""
+        return {name: tensor for name, tensor in batch.items() if not name.startswith("labels")}
+
     def outputs(self, **inputs: Tensor) -> dict[str, Tensor]:
         """Return the outputs of the network's class by name, `[B, …]` each."""
         if "token_type_ids" in inputs and "token_type_ids" not in inspect.signature(self.network.forward).parameters:
@@ -152,7 +156,7 @@ def load_network(
         sections = [dataclasses.replace(section, bits=bits) for section, bits in zip(sections, own, strict=True)]
     stored = any(section.groups or section.tables for section in sections)
     weights = open_base(source, sections, base_bits, block_size) if stored else source
-    _fill(network, weights, base_bits, block_size, parts, heads, drawn)
+    fill(network, weights, base_bits, block_size, parts, heads, drawn)
     network.requires_grad_(False)
     stop_at_waveform(network)
     for name, parameter in network.named_parameters():
@@ -205,14 +209,17 @@ def label_tensors(network: Any, auto_class: str) -> set[str]:
     return {name for name, parameter in network.named_parameters() if parameter.shape != shapes[name]}
 
 
-def network_sections(network: Any, source: ModelSource, parts: Parts, bits: int) -> list[Section]:
-    """Return the matrices of the base that `_fill` will quantize: the embedding, then the linear layers in their order."""
+def network_sections(
+    network: Any, source: ModelSource, parts: Parts, bits: int, *, skip: Collection[str] = ()
+) -> list[Section]:
+    """Return the matrices of the base, but those at the paths `skip`, that `fill` will quantize: the embedding, then the linear
+    layers in their order."""
     names = set(source.names())
     tables: list[str] = []
     layers: dict[str, list[str]] = {}
     for path, module in network.named_modules():
         name = f"{path}.weight"
-        if parts.in_head(path) or name not in names or source.shape(name) != tuple(module.weight.shape):
+        if path in skip or parts.in_head(path) or name not in names or source.shape(name) != tuple(module.weight.shape):
             continue
         if isinstance(module, nn.Linear):
             number = re.search(r"\.\d+\.", path)
@@ -223,7 +230,7 @@ def network_sections(network: Any, source: ModelSource, parts: Parts, bits: int)
     return [Section(tables=tuple(tables)), *blocks]
 
 
-def _fill(
+def fill(
     network: Any,
     source: ModelSource | BaseWeights,
     bits: int,

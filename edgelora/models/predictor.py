@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from edgelora.models.decoder import Decoder
     from edgelora.models.network import Network
     from edgelora.models.spec import DecoderSpec
+    from edgelora.search import Search
     from edgelora.tasks.base import Example
 
 Collate = Callable[[Sequence["Example"]], dict[str, NDArray[Any]]]
@@ -90,7 +91,7 @@ class TorchPredictor:
 
     def hidden(self, numbers: list[int], batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return the last hidden states `[T, H]` of a batch of the examples `numbers`."""
-        states: torch.Tensor = self.model.hidden(batch["ids"], batch["starts"])
+        states: torch.Tensor = self.model.states(batch)
         return states
 
     @gemm.exact()
@@ -113,6 +114,18 @@ class TorchPredictor:
 
     @gemm.exact()
     @torch.no_grad()
+    def write(self, examples: Sequence[Example], search: Search) -> list[list[int]]:
+        """Return what the decoder writes about each example; those of like length are searched together."""
+        self.model.eval()
+        written: list[list[int]] = [[] for _ in examples]
+        for numbers in self._batches(examples):
+            batch = to_tensors(self.collate([examples[i] for i in numbers]))
+            for number, tokens in zip(numbers, self.model.write(batch, search), strict=True):
+                written[number] = tokens
+        return written
+
+    @gemm.exact()
+    @torch.no_grad()
     def logits(self, examples: Sequence[Example]) -> NDArray[np.float32]:
         """Return the logits `[examples, labels]`."""
         return np.stack([found["logits"] for found in self.outputs(examples, ("logits",))])
@@ -125,7 +138,7 @@ class TorchPredictor:
         rows: list[dict[str, NDArray[np.float32]]] = [{} for _ in examples]
         for numbers in self._batches(examples):
             batch = to_tensors(self.collate([examples[i] for i in numbers]))
-            found = self.model.outputs(**{name: value for name, value in batch.items() if not name.startswith("labels")})
+            found = self.model.outputs(**self.model.inputs_of(batch))
             for name in names or self.model.output_names:
                 for number, array in zip(numbers, found[name].float().numpy(), strict=True):
                     rows[number][name] = array

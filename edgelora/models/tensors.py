@@ -44,6 +44,8 @@ def guess_task(config: dict[str, Any]) -> str:
     heads = {name: get_task(name).auto_class.removeprefix("AutoModel") or "Model" for name in TASKS}
     for architecture in config.get("architectures") or []:
         for name, head in heads.items():
+            if get_task(name).writes and class_of(config, get_task(name).auto_class) == architecture:
+                return name
             if architecture.endswith((head, "LMHeadModel") if name == GENERATION else head):
                 return name
     found = ", ".join(config.get("architectures") or []) or "none"
@@ -52,6 +54,15 @@ def guess_task(config: dict[str, Any]) -> str:
         f"the model has no head that EdgeLoRA ships: {found}; allowed: {allowed}",
         hint="edgelora finetune MODEL DATA -o RUN, then edgelora export RUN -o BUNDLE",
     )
+
+
+def class_of(config: dict[str, Any], auto_class: str) -> str | None:
+    """Return the name of the class that an auto class of transformers takes for a config.json, None where it has none."""
+    import transformers
+
+    mapping: Any = getattr(transformers, auto_class)._model_mapping._model_mapping
+    found = mapping.get(config.get("model_type"))
+    return None if found is None else str(found[0] if isinstance(found, tuple | list) else found)
 
 
 def decoder_layout(spec: DecoderSpec) -> Layout:
@@ -70,7 +81,8 @@ def model_layout(config: dict[str, Any], task: str) -> Layout:
         from edgelora.models.families import decoder_spec
 
         return decoder_layout(decoder_spec(config))
-    return network_layout(config, get_task(task))
+    wanted = get_task(task)
+    return seq2seq_layout(config, wanted.auto_class) if wanted.writes else network_layout(config, wanted)
 
 
 def network_layout(config: dict[str, Any], task: Task) -> Layout:
@@ -91,6 +103,26 @@ def network_layout(config: dict[str, Any], task: Task) -> Layout:
     counters = ".num_batches_tracked"  # of batch norm: nothing reads it once training is over
     plain = tuple(name for name in model.state_dict() if name not in quantized and not name.endswith(counters))
     return Layout(linears, embeddings, plain, parts, getattr(model, "architecture", type(model).__name__))
+
+
+def seq2seq_layout(config: dict[str, Any], auto_class: str) -> Layout:
+    """Read the layout off transformers' class of an encoder-decoder: each table that several modules share is there once."""
+    from edgelora.models.seq2seq import build_seq2seq
+    from edgelora.models.tables import tables
+
+    model = build_seq2seq(config, auto_class)
+    found = tables(model)
+    read = {path for table in found for path in table.modules}
+    modules = dict(model.named_modules())
+    linears = tuple(path for path, module in modules.items() if isinstance(module, torch.nn.Linear) and path not in read)
+    embeddings = tuple(table.path for table in found)
+    apart = {f"{path}.weight" for path in (*linears, *read)}
+    shared = dict(model.named_parameters())  # without the other names of the same parameter
+    plain = [
+        name for name in model.state_dict() if name not in apart and (name in shared or name in dict(model.named_buffers()))
+    ]
+    tied = next((table.head for table in found if table.head not in (None, table.path)), None)
+    return Layout(linears, embeddings, tuple(plain), Parts(), type(model).__name__, tied_head=tied)
 
 
 def word_embedding(model: Any) -> torch.nn.Module | None:

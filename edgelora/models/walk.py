@@ -69,7 +69,7 @@ class NetworkWalk:
     def __init__(self, model: Network, batches: Sequence[dict[str, Tensor]]) -> None:
         self.model = model
         self.blocks: list[nn.Module] = [*model._layers(), model.network]
-        self.batches = [{name: tensor for name, tensor in batch.items() if name != "labels"} for batch in batches]
+        self.batches = [model.inputs_of(batch) for batch in batches]
 
     @torch.no_grad()
     def calls(self, index: int) -> list[Call]:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from edgelora.config import FinetuneConfig
     from edgelora.data.prepare import Prepared
+    from edgelora.tasks.base import Example
 
 SHORT_ANSWER = 64  # supervised tokens up to which answers are generated for the closing table
 SPARE_TOKENS = 16  # that are generated beyond the longest answer (tasks/text_generation.py)
@@ -52,9 +53,9 @@ class Closing:
         return first, later, speed.writing_seconds(shape, settings, self.rows, prompt, length, at_once)
 
 
-def short_answers(masks: Sequence[NDArray[np.uint8] | None]) -> bool:
-    """Tell whether the answers that rows' supervised tokens are, if they have such, are short enough to be generated."""
-    return all(mask is not None and int(mask.sum()) <= SHORT_ANSWER for mask in masks)
+def short_answers(examples: Sequence[Example]) -> bool:
+    """Tell whether the answers of rows, if these have such, are short enough to be generated."""
+    return all(example.answer_length is not None and example.answer_length <= SHORT_ANSWER for example in examples)
 
 
 def measured(prepared: Prepared, config: FinetuneConfig) -> Closing:
@@ -63,7 +64,7 @@ def measured(prepared: Prepared, config: FinetuneConfig) -> Closing:
 
     store = prepared.store("valid")
     examples, _ = sample(store, [{}] * len(store), config.valid_rows)
-    answers = [int(example.arrays["supervised"].sum()) if "supervised" in example.arrays else 1 for example in examples]
+    answers = [1 if example.answer_length is None else example.answer_length for example in examples]
     lengths = [len(example) for example in examples]
     return Closing(len(examples), sum(lengths), sum(answers), max(lengths), max(answers))
 

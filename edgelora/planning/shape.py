@@ -45,6 +45,10 @@ class ModelShape:
 
             return cls._decoder(source, decoder_spec(source.config))
         wanted = get_task(task)
+        if wanted.writes:
+            from edgelora.planning.sequences import seq2seq_shape
+
+            return seq2seq_shape(source, wanted)
         if wanted.unit != "tokens":
             from edgelora.planning.pictures import network_shape
 

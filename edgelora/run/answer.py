@@ -29,7 +29,7 @@ def run(
     if not inputs:
         raise UserError("no input was given", hint=f'edgelora run {bundle} "some text"')
     model = load(bundle, threads=threads, adapter=adapter)
-    rows: Sequence[Any] = inputs if model.task == "text-generation" else model.classifier.task.asked_rows(inputs)
+    rows: Sequence[Any] = inputs if model.task == "text-generation" else model.answerer.task.asked_rows(inputs)
     outputs = [run_one(model, row, config, write) for row in rows]
     return {"task": model.task, "output": outputs[0] if len(outputs) == 1 else outputs}
 
@@ -44,9 +44,9 @@ def run_one(model: Model, prompt: Prompt | Row, config: GenerateConfig | None, w
         if write is not None:
             write(note(written.finish, model) + "\n")
         return written.text
-    answer = model.answers([prompt])[0]
+    answer = model.answers([prompt], config=config)[0]
     if write is not None:
-        write(model.classifier.task.answer_text(answer) + "\n")
+        write(model.answerer.task.answer_text(answer) + "\n")
     return answer
 
 

@@ -42,7 +42,7 @@ def run_file(
         raise FolderError(f"{out} exists already", hint="add --overwrite, or choose another file with --output")
     model = load(bundle, threads=threads, adapter=adapter)
     writes = model.task == "text-generation"
-    ask = prompt_of if writes else functools.partial(asked_of, model.classifier.task)
+    ask = prompt_of if writes else functools.partial(asked_of, model.answerer.task)
     read = read_rows(rows, functools.partial(ask, columns=columns or {}))
     started = time.perf_counter()
     with console.progress("run", total=len(read)) as bar:
@@ -51,7 +51,7 @@ def run_file(
         if writes:
             outputs, tokens = generate_all(model, asked, config, bar.update)
         else:
-            outputs = answer_all(model, asked, bar.update)
+            outputs = answer_all(model, asked, config, bar.update)
     write_rows(out, [{**row, "output": output} for (row, _), output in zip(read, outputs, strict=True)])
     result = {"task": model.task, "rows": len(read), "output": str(out), "seconds": time.perf_counter() - started}
     return result | ({"tokens": tokens} if model.task == "text-generation" else {})
@@ -70,12 +70,14 @@ def generate_all(
     return outputs, tokens
 
 
-def answer_all(model: Model, rows: list[Row], advance: Callable[[float], None]) -> list[Any]:
+def answer_all(
+    model: Model, rows: list[Row], config: GenerateConfig | None, advance: Callable[[float], None]
+) -> list[Any]:
     """Return the task's answer to each row."""
     outputs: list[Any] = []
     for start in range(0, len(rows), CLASSIFIED_AT_ONCE):
         part = rows[start : start + CLASSIFIED_AT_ONCE]
-        outputs += model.answers(part)
+        outputs += model.answers(part, config=config)
         advance(len(part))
     return outputs
 

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 from edgelora.config import GenerateConfig, replace
 from edgelora.errors import SettingsError, UserError
 from edgelora.run.adapters import find
-from edgelora.tasks import TASKS
+from edgelora.tasks import TASKS, get_task
 
 if TYPE_CHECKING:
     from edgelora.bundle import Bundle
     from edgelora.run.adapters import Adapter
     from edgelora.run.classify import Classifier
     from edgelora.run.generate import Answer, Generator
+    from edgelora.run.seq2seq import Writer
 
 Prompt = str | Sequence[Mapping[str, Any]]  # a text, or chat messages {"role": …, "content": …}
 
@@ -41,10 +42,15 @@ class Model:
         self.labels = bundle.labels
         self._generator: Generator | None = None
         self._classifier: Classifier | None = None
+        self._writer: Writer | None = None
         if self.task == "text-generation":
             from edgelora.run.generate import Generator
 
             self._generator = Generator(bundle, threads=threads, adapter=found)
+        elif self.task in TASKS and get_task(self.task).writes:
+            from edgelora.run.seq2seq import Writer
+
+            self._writer = Writer(bundle, threads=threads, adapter=found)
         elif self.task in TASKS:
             from edgelora.run.classify import Classifier
 
@@ -58,7 +64,7 @@ class Model:
     @property
     def adapter(self) -> str | None:
         """The name of the adapter that acts, None for the base alone."""
-        acting = (self._generator or self.classifier).adapter
+        acting = (self._generator or self.answerer).adapter
         return None if acting is None else acting.name
 
     def use(self, adapter: str | None) -> None:
@@ -68,13 +74,24 @@ class Model:
 
     def put_on(self, adapter: Adapter | None) -> None:
         """Let an adapter act that may not be in the bundle (yet)."""
-        (self._generator or self.classifier).use(adapter)
+        (self._generator or self.answerer).use(adapter)
 
     @property
     def generator(self) -> Generator:
         if self._generator is None:
             raise UserError(f"{self.bundle.folder} is a {self.task} bundle: it writes no text")
         return self._generator
+
+    @property
+    def answerer(self) -> Classifier | Writer:
+        """What answers rows of a task's columns: everything but a decoder."""
+        return self._writer or self.classifier
+
+    @property
+    def writer(self) -> Writer:
+        if self._writer is None:
+            raise UserError(f"{self.bundle.folder} is a {self.task} bundle: it has no encoder and decoder")
+        return self._writer
 
     @property
     def classifier(self) -> Classifier:
@@ -102,9 +119,17 @@ class Model:
         """Return for each text, pair of texts or path of an image all (label, probability), the most probable first."""
         return self.classifier.classify(texts, batch_size=batch_size)
 
-    def answers(self, rows: Sequence[Mapping[str, Any]], *, batch_size: int = 16) -> list[Any]:
-        """Return the answer to each row (its columns are the task's), as `edgelora run --json` has it; not for decoders."""
-        return self.classifier.answers([dict(row) for row in rows], batch_size=batch_size)
+    def answers(
+        self, rows: Sequence[Mapping[str, Any]], *, batch_size: int = 16, config: GenerateConfig | None = None
+    ) -> list[Any]:
+        """Return the answer to each row (its columns are the task's), as `edgelora run --json` has it; not for decoders.
+
+        `config` is for answers that are written: translations, summaries.
+        """
+        taken = [dict(row) for row in rows]
+        if self._writer is not None:
+            return self._writer.answers(taken, batch_size=batch_size, config=config)
+        return self.classifier.answers(taken, batch_size=batch_size)
 
 
 def merge(config: GenerateConfig | None, settings: dict[str, Any]) -> GenerateConfig:

@@ -12,6 +12,8 @@ from edgelora.config import GenerateConfig
 from edgelora.run.decoder import DecoderSession
 from edgelora.run.generate import Answer
 from edgelora.run.model import Model
+from edgelora.search import Search
+from edgelora.tasks import get_task
 from edgelora.tasks.base import Example
 
 
@@ -20,10 +22,13 @@ class OnnxPredictor:
 
     def __init__(self, model: Model) -> None:
         self.model = model
+        self.task = get_task(model.task)
         self.watch: Callable[[int, NDArray[np.float32]], None] | None = None  # sees the logits that `losses` goes by, in slices
 
     def losses(self, examples: Sequence[Example]) -> list[tuple[float, int]]:
         """Return summed negative log-likelihood (nats) and number of supervised tokens of each example."""
+        if self.task.writes:
+            return self.model.writer.losses(examples, self.watch)
         decoder = self.model.generator.decoder
         self.model.generator.forget()
         found = []
@@ -36,6 +41,10 @@ class OnnxPredictor:
         """Continue each prompt greedily, up to a stop token (not returned) or the bundle's length."""
         config = GenerateConfig(max_new_tokens=max_new_tokens)
         return [Answer(self.model.generator, list(prompt), config, stop=stop).finished().tokens for prompt in prompts]
+
+    def write(self, examples: Sequence[Example], search: Search) -> list[list[int]]:
+        """Return what the decoder writes about each example, without the token that ends it."""
+        return self.model.writer.write(examples, search)
 
     def outputs(self, examples: Sequence[Example]) -> list[dict[str, NDArray[np.float32]]]:
         """Return the graph's outputs of each example by name."""

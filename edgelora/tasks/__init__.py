@@ -17,6 +17,8 @@ TASKS = {
     "sentence-similarity": "edgelora.tasks.sentence_similarity:SentenceSimilarity",
     "token-classification": "edgelora.tasks.token_classification:TokenClassification",
     "question-answering": "edgelora.tasks.question_answering:QuestionAnswering",
+    "translation": "edgelora.tasks.translation:Translation",
+    "summarization": "edgelora.tasks.summarization:Summarization",
     "image-classification": "edgelora.tasks.image_classification:ImageClassification",
     "audio-classification": "edgelora.tasks.audio_classification:AudioClassification",
 }

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelora.errors import SettingsError
+from edgelora.search import Search
 from edgelora.tasks.rows import json_row, text_problems
 from edgelora.tokenizer import Tokenizer
 
@@ -69,6 +70,13 @@ class Example:
     def alone(self) -> bool:
         return bool(self.arrays.get("alone", False))
 
+    @property
+    def answer_length(self) -> int | None:
+        """The tokens of an answer that is trained on: "target", or the supervised ones; None where it is no text."""
+        if "target" in self.arrays:
+            return len(self.arrays["target"])
+        return int(self.arrays["supervised"].sum()) if "supervised" in self.arrays else None
+
 
 class Predictor(Protocol):
     """A model that can be scored: torch and ONNX Runtime both have one."""
@@ -79,6 +87,10 @@ class Predictor(Protocol):
 
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: frozenset[int]) -> list[list[int]]:
         """Continue each prompt greedily, up to a stop token (not returned)."""
+        ...
+
+    def write(self, examples: Sequence[Example], search: Search) -> list[list[int]]:
+        """Return what a decoder writes about each encoded example, without the token that ends it."""
         ...
 
     def outputs(self, examples: Sequence[Example]) -> list[dict[str, NDArray[np.float32]]]:
@@ -114,6 +126,10 @@ class Task(ABC):
     """The columns of a row that is answered; where there are none, `answered` alone."""
     outputs: ClassVar[tuple[GraphTensor, ...]] = ()
     """The graph's outputs, by the names that transformers' class gives them."""
+    writes: ClassVar[bool] = False
+    """Whether a decoder writes the answer about what an encoder has read (tasks/sequences.py)."""
+    written_metric: ClassVar[str] = "exact_match"
+    """A metric that takes generated answers, where the task has such."""
     families: ClassVar[str]
     """Model families, for people."""
     metric: ClassVar[str]

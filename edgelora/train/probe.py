@@ -128,7 +128,7 @@ class Probe:
         if not keep:
             self._forget()
         lengths = [len(example) for example in examples]
-        padded = "starts" not in batch  # packed rows have no padding
+        padded = "ids" not in batch  # packed rows have no padding
         piece = piece_of(lengths, 1.0, padded=padded)
         return Measured(dataclasses.replace(piece, supervised=counted), seconds, peak)
 
