@@ -29,6 +29,8 @@ PROMPT_TOKENS = 256
 NEW_TOKENS = 128
 CLASSIFIER_TOKENS = 32
 CLASSIFIER_RUNS = 50
+WRITTEN_TOKENS = 32
+WRITER_RUNS = 6
 REPEATS = 3
 SPEEDS = {"prefill_tokens_per_s": "prefill_percent", "decode_tokens_per_s": "decode_percent", "ms_per_input": "speed_percent"}
 
@@ -120,7 +122,8 @@ def measure(bundle: Path, threads: int, adapter: str | None = None) -> dict[str,
 
     model = load(bundle, threads=threads, adapter=adapter)
     figures = {"load_s": time.perf_counter() - started}
-    figures |= time_decoder(model) if model.task == "text-generation" else time_classifier(model)
+    time_it = time_decoder if model.task == "text-generation" else time_writer if model.writes else time_classifier
+    figures |= time_it(model)
     from edgelora.hardware import peak_rss_mb
 
     return figures | {"peak_rss_mb": peak_rss_mb()}
@@ -164,6 +167,21 @@ def time_classifier(model: Any) -> dict[str, float]:
     for _ in range(CLASSIFIER_RUNS):
         started = time.perf_counter()
         classifier.outputs([example])
+        times.append(1000 * (time.perf_counter() - started))
+    return {"ms_per_input": statistics.median(times[1:])}
+
+
+def time_writer(model: Any) -> dict[str, float]:
+    """Return the median ms of reading one of the task's trial examples and writing WRITTEN_TOKENS tokens about it, greedily."""
+    import dataclasses
+
+    writer = model.writer
+    example = writer.task.trial_examples(writer.processor)[0]
+    search = dataclasses.replace(writer.writing.search, num_beams=1, eos=(), max_new_tokens=WRITTEN_TOKENS)
+    times = []
+    for _ in range(WRITER_RUNS):
+        started = time.perf_counter()
+        writer.write([example], search)
         times.append(1000 * (time.perf_counter() - started))
     return {"ms_per_input": statistics.median(times[1:])}
 

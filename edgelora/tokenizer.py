@@ -28,6 +28,7 @@ TOKENIZER_FILES = (
     "generation_config.json",
     "preprocessor_config.json",
     "processor_config.json",
+    "target_tokenizer.json",
 )
 """What a stage copies along, where the source has it: of image processors and feature extractors too."""
 
@@ -52,11 +53,11 @@ class Tokenizer:
         self.positions: int | None = None  # the most tokens that the model reads
 
     @classmethod
-    def from_folder(cls, folder: Path) -> Tokenizer:
+    def from_folder(cls, folder: Path, name: str = "tokenizer.json") -> Tokenizer:
         """Read a folder in Hugging Face layout. Raises ModelError when there is no usable tokenizer.json."""
-        path = folder / "tokenizer.json"
+        path = folder / name
         if not path.is_file():
-            raise ModelError(f"{folder} has no tokenizer.json", hint="save the model's fast tokenizer beside it")
+            raise ModelError(f"{folder} has no {name}", hint="save the model's fast tokenizer beside it")
         try:
             native = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the Rust side raises plain Exception

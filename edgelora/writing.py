@@ -18,7 +18,7 @@ from edgelora.errors import ModelError
 from edgelora.search import Search
 from edgelora.tokenizer import Tokenizer, read_config
 
-TARGET_FOLDER = "target"  # has a tokenizer.json of its own where targets are other tokens than sources (Marian)
+TARGET_FILE = "target_tokenizer.json"  # beside tokenizer.json where targets are other tokens than sources (Marian)
 WRAPPED = ("mbart",)  # whose decoder begins with the last token of the target: the language's, or EOS
 
 
@@ -35,8 +35,7 @@ class Writing:
     def from_folder(cls, folder: Path) -> Writing:
         """Raises ModelError for a folder without a tokenizer.json, or that does not say what the decoder begins with."""
         tokenizer = Tokenizer.from_folder(folder)
-        own = folder / TARGET_FOLDER
-        target = Tokenizer.from_folder(own) if (own / "tokenizer.json").is_file() else tokenizer
+        target = Tokenizer.from_folder(folder, TARGET_FILE) if (folder / TARGET_FILE).is_file() else tokenizer
         config = read_config(folder / "config.json")
         generation = {key: value for key, value in read_config(folder / "generation_config.json").items() if value is not None}
         settings = {**(config.get("decoder") or {}), **{k: v for k, v in config.items() if v is not None}, **generation}
@@ -70,9 +69,16 @@ class Writing:
         return int(found)
 
     @cached_property
+    def prompt(self) -> tuple[int, ...]:
+        """The tokens that the decoder is given before it writes: the first one, and what the tokenizer puts after it (Whisper)."""
+        ids = self.target.encode("", add_special_tokens=True)
+        end = next((place for place, token in enumerate(ids) if token in self.eos), len(ids))
+        return tuple(ids[:end]) if ids[:1] == [self.start] and not self.wrapped else (self.start,)
+
+    @cached_property
     def search(self) -> Search:
         """How this model's answers are searched for unless told otherwise."""
-        return Search.from_settings(self.settings, [self.start], self.eos)
+        return Search.from_settings(self.settings, self.prompt, self.eos)
 
     def encode_target(self, text: str) -> list[int]:
         """Return the tokens of a target as a decoder is to write them, with what ends it, without what it begins with."""

@@ -31,7 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "rates",
         "tokenizer",
         "chat_template",
-        "images",
+        "images", "search", "writing",
         "audio",
         "spectrogram",
     ),

@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+from edgelora.data.parallel import languages_of, parallel_files
 from edgelora.data.read import READERS, media_column
 from edgelora.errors import DataError, MachineError
 
@@ -20,7 +21,7 @@ def find_files(data: str) -> Files:
     """Return the files of DATA by split. Raises DataError when there are none; a hub id is fetched (or found in the cache)."""
     path = Path(data).expanduser()
     if path.is_file():
-        if path.suffix.lower() not in READERS:
+        if path.suffix.lower() not in READERS and not languages_of(path):
             raise DataError(f"{data} is not a data file; allowed: {', '.join(READERS)}")
         if not os.access(path, os.R_OK):
             raise DataError(f"{data} cannot be read: no permission")
@@ -37,6 +38,7 @@ def folder_files(folder: Path, name: str) -> Files:
     found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in READERS and not hidden(p.relative_to(folder)))
     if not found and (labelled := labelled_folders(folder)):
         return labelled
+    found = found or parallel_files(folder)
     files: Files = {}
     for path in found:
         relative = path.relative_to(folder)

@@ -11,6 +11,7 @@ from typing import Any
 from edgelora.data.conll import is_conll, read_conll
 from edgelora.data.lines import UTF8_BOM, Report, text_lines
 from edgelora.data.squad import is_squad, read_squad
+from edgelora.data.parallel import languages_of, read_parallel, read_po
 from edgelora.errors import DataError, MachineError
 from edgelora.tasks.base import Row
 
@@ -30,10 +31,13 @@ def iterate_file(path: Path, report: Report) -> Iterator[tuple[int, Row]]:
     """Return (line number, row) of a file, by its suffix; Parquet rows count from 1. Raises DataError for a whole file.
 
     A folder whose files stand in folders named like their label has a row {"image", "label"} for each picture, {"audio",
-    "label"} for each sound. Manifests that name their files as NeMo's do are read as ours.
+    "label"} for each sound. Manifests that name their files as NeMo's do are read as ours. Of parallel text (train.en beside
+    train.de) any of the files stands for all.
     """
     if path.is_dir():
         return read_labelled_folder(path)
+    if path.suffix.lower() not in READERS and languages_of(path):
+        return read_parallel(path, report)
     if path.suffix.lower() not in READERS:
         raise DataError(f"{path.name} is not a data file; allowed: {', '.join(READERS)}")
     return ((line, our_names(row)) for line, row in READERS[path.suffix.lower()](path, report))
@@ -249,4 +253,5 @@ READERS: dict[str, Callable[[Path, Report], Iterator[tuple[int, Row]]]] = {
     ".parquet": read_parquet,
     ".conll": read_conll,
     ".bio": read_conll,
+    ".po": read_po,
 }

@@ -26,7 +26,7 @@ MODEL_NAMES = {
 WEB_DTYPES = {"int2": "q2", "int3": "q3", "int4": "q4", "int8": "q8", "fp32": "fp32"}
 PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 VOCABULARIES = ("vocab.txt", "vocab.json", "merges.txt", "tokenizer.model")
-COPIED = (*PREPROCESSORS, *VOCABULARIES, "tokenizer.json", "special_tokens_map.json", "target/tokenizer.json")
+COPIED = (*PREPROCESSORS, *VOCABULARIES, "tokenizer.json", "special_tokens_map.json", "target_tokenizer.json")
 # Model types of onnxruntime-genai 0.18 that read this graph; "decoder" is its name for any other.
 GENAI_TYPES = ("gemma", "gemma2", "gemma3_text", "granite", "llama", "mistral", "phi3", "qwen2", "qwen3", "smollm3")
 WRITING = (
@@ -119,7 +119,6 @@ def write_tokenizer(folder: Path, facts: BundleFacts) -> None:
     for name in COPIED:
         source = facts.source / name
         if source.is_file():
-            (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(source.read_bytes())
     if not (facts.source / "tokenizer.json").is_file():
         return

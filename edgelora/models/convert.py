@@ -16,6 +16,7 @@ from typing import Any
 
 from edgelora.errors import EdgeLoRAError, ModelError
 from edgelora.folder import swap_in, write_json
+from edgelora.models.convert_marian import convert_marian, is_marian
 
 CONVERSION = 1  # raise it when the files come out differently: old ones in the cache are then made again
 # Digits one by one, then GPT-2's splitting: what llama.cpp calls these, and transformers' GGUF reader forgets
@@ -113,7 +114,9 @@ def _restore_splitting(path: Path, kind: str) -> None:
 def main(source: Path, folder: Path) -> int:
     folder.mkdir(parents=True)
     try:
-        if source.is_dir():
+        if source.is_dir() and is_marian(source):
+            convert_marian(source, folder)
+        elif source.is_dir():
             save_tokenizer(source, folder)
         else:
             convert_gguf(source, folder)

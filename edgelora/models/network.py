@@ -151,9 +151,7 @@ def load_network(
     known = list((source.config.get("id2label") or {}).values())
     drawn = set() if not labels or known == list(labels) else label_tensors(network, task.auto_class)
     sections = network_sections(network, source, parts, base_bits)
-    if layer_bits:
-        own = [{path: layer_bits[path] for (path,) in section.groups if path in layer_bits} for section in sections]
-        sections = [dataclasses.replace(section, bits=bits) for section, bits in zip(sections, own, strict=True)]
+    sections = own_bits(sections, layer_bits or {})
     stored = any(section.groups or section.tables for section in sections)
     weights = open_base(source, sections, base_bits, block_size) if stored else source
     fill(network, weights, base_bits, block_size, parts, heads, drawn)
@@ -228,6 +226,12 @@ def network_sections(
             tables.append(path)
     blocks = [Section(groups=tuple((path,) for path in paths), block=True) for paths in layers.values()]
     return [Section(tables=tuple(tables)), *blocks]
+
+
+def own_bits(sections: Sequence[Section], bits: Mapping[str, int]) -> list[Section]:
+    """Return the sections with the bits of the layers that have their own, by path."""
+    own = [{path: bits[path] for (path,) in section.groups if path in bits} for section in sections]
+    return [dataclasses.replace(section, bits=found) for section, found in zip(sections, own, strict=True)]
 
 
 def fill(

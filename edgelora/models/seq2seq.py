@@ -18,7 +18,7 @@ from edgelora.models.base_file import BaseWeights, open_base
 from edgelora.models.base_layout import Section
 from edgelora.models.head import Head
 from edgelora.models.linear import FrozenWeight
-from edgelora.models.network import Network, build_network, fill, network_sections
+from edgelora.models.network import Network, build_network, fill, network_sections, own_bits
 from edgelora.models.parts import Parts
 from edgelora.models.recompute import Keeping
 from edgelora.models.source import ModelSource
@@ -138,7 +138,7 @@ def load_seq2seq(
     found = tables(network)
     own = [Section(tables=tuple(table.path for table in found))]
     sections = own + network_sections(network, source, Parts(), base_bits, skip={path for t in found for path in t.modules})
-    weights = open_base(source, sections, base_bits, block_size)
+    weights = open_base(source, own_bits(sections, layer_bits or {}), base_bits, block_size)
     bits = max(base_bits, 8)
     frozen = {table.path: FrozenWeight.store(weights.read_linear(table.path), bits, block_size) for table in found}
     head = find_head(network, weights, frozen)

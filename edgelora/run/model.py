@@ -88,6 +88,11 @@ class Model:
         return self._writer or self.classifier
 
     @property
+    def writes(self) -> bool:
+        """Whether an encoder and a decoder write its answers."""
+        return self._writer is not None
+
+    @property
     def writer(self) -> Writer:
         if self._writer is None:
             raise UserError(f"{self.bundle.folder} is a {self.task} bundle: it has no encoder and decoder")
