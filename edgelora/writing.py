@@ -70,7 +70,7 @@ class Writing:
 
     @cached_property
     def prompt(self) -> tuple[int, ...]:
-        """The tokens that the decoder is given before it writes: the first one, and what the tokenizer puts after it (Whisper)."""
+        """The tokens that the decoder is given before it writes: the first and what the tokenizer puts after it (Whisper's)."""
         ids = self.target.encode("", add_special_tokens=True)
         end = next((place for place, token in enumerate(ids) if token in self.eos), len(ids))
         return tuple(ids[:end]) if ids[:1] == [self.start] and not self.wrapped else (self.start,)

