@@ -48,10 +48,9 @@ def save_bert2bert(folder: Path, seed: int = 0) -> Path:
     """Save a random encoder-decoder of two BERTs, the decoder with attention over the encoder's states."""
     import transformers
 
-    encoder = transformers.BertConfig(**{**tiny.BERT_SHAPE, "pad_token_id": 260})
-    decoder = transformers.BertConfig(
-        **{**tiny.BERT_SHAPE, "pad_token_id": 260, "is_decoder": True, "add_cross_attention": True}
-    )
+    shape = {**tiny.BERT_SHAPE, "pad_token_id": 260, "max_position_embeddings": 128}
+    encoder = transformers.BertConfig(**shape)
+    decoder = transformers.BertConfig(**shape, is_decoder=True, add_cross_attention=True)
     config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
     config.decoder_start_token_id, config.pad_token_id, config.eos_token_id = 262, 260, 256
     return tiny._save(folder, "AutoModelForSeq2SeqLM", config, seed)

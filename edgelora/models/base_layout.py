@@ -8,8 +8,9 @@ of all members, one after the other, then their scales (at 16 and 32 bits: their
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
@@ -42,6 +43,12 @@ class Section:
     block: bool = False
     transposed: bool = False
     bits: dict[str, int] = field(default_factory=dict)
+
+
+def own_bits(sections: Sequence[Section], bits: Mapping[str, int]) -> list[Section]:
+    """Return the sections with the bits of the layers that have their own, by path."""
+    own = [{path: bits[path] for (path,) in section.groups if path in bits} for section in sections]
+    return [dataclasses.replace(section, bits=found) for section, found in zip(sections, own, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 import re
@@ -16,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from edgelora.errors import ModelError
 from edgelora.models.base_file import BaseWeights, open_base
-from edgelora.models.base_layout import Section
+from edgelora.models.base_layout import Section, own_bits
 from edgelora.models.convolution import FrozenBatchNorm, FrozenConv, can_freeze
 from edgelora.models.embedder import Embedder
 from edgelora.models.linear import FrozenEmbedding, FrozenLinear, FrozenWeight
@@ -226,12 +225,6 @@ def network_sections(
             tables.append(path)
     blocks = [Section(groups=tuple((path,) for path in paths), block=True) for paths in layers.values()]
     return [Section(tables=tuple(tables)), *blocks]
-
-
-def own_bits(sections: Sequence[Section], bits: Mapping[str, int]) -> list[Section]:
-    """Return the sections with the bits of the layers that have their own, by path."""
-    own = [{path: bits[path] for (path,) in section.groups if path in bits} for section in sections]
-    return [dataclasses.replace(section, bits=found) for section, found in zip(sections, own, strict=True)]
 
 
 def fill(
