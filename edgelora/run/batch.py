@@ -70,9 +70,7 @@ def generate_all(
     return outputs, tokens
 
 
-def answer_all(
-    model: Model, rows: list[Row], config: GenerateConfig | None, advance: Callable[[float], None]
-) -> list[Any]:
+def answer_all(model: Model, rows: list[Row], config: GenerateConfig | None, advance: Callable[[float], None]) -> list[Any]:
     """Return the task's answer to each row."""
     outputs: list[Any] = []
     for start in range(0, len(rows), CLASSIFIED_AT_ONCE):
