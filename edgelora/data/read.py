@@ -10,8 +10,8 @@ from typing import Any
 
 from edgelora.data.conll import is_conll, read_conll
 from edgelora.data.lines import UTF8_BOM, Report, text_lines
-from edgelora.data.squad import is_squad, read_squad
 from edgelora.data.parallel import languages_of, read_parallel, read_po
+from edgelora.data.squad import is_squad, read_squad
 from edgelora.errors import DataError, MachineError
 from edgelora.tasks.base import Row
 
