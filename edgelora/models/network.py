@@ -149,8 +149,7 @@ def load_network(
     heads = parts.heads(network)
     known = list((source.config.get("id2label") or {}).values())
     drawn = set() if not labels or known == list(labels) else label_tensors(network, task.auto_class)
-    sections = network_sections(network, source, parts, base_bits)
-    sections = own_bits(sections, layer_bits or {})
+    sections = own_bits(network_sections(network, source, parts, base_bits), layer_bits or {})
     stored = any(section.groups or section.tables for section in sections)
     weights = open_base(source, sections, base_bits, block_size) if stored else source
     fill(network, weights, base_bits, block_size, parts, heads, drawn)
@@ -206,11 +205,8 @@ def label_tensors(network: Any, auto_class: str) -> set[str]:
     return {name for name, parameter in network.named_parameters() if parameter.shape != shapes[name]}
 
 
-def network_sections(
-    network: Any, source: ModelSource, parts: Parts, bits: int, *, skip: Collection[str] = ()
-) -> list[Section]:
-    """Return the matrices of the base, but those at the paths `skip`, that `fill` will quantize: the embedding, then the linear
-    layers in their order."""
+def network_sections(network: Any, source: ModelSource, parts: Parts, bits: int, skip: Collection[str] = ()) -> list[Section]:
+    """Return the matrices of the base, without the paths `skip`, that `fill` quantizes: the embedding, then linear layers."""
     names = set(source.names())
     tables: list[str] = []
     layers: dict[str, list[str]] = {}
