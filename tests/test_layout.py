@@ -34,6 +34,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "images",
         "audio",
         "spectrogram",
+        "masks",
+        "drawing",
     ),
     ("tasks",),
     ("data", "quant", "models", "adapters", "bundle", "scales_delta"),

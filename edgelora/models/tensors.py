@@ -9,6 +9,7 @@ import torch
 
 from edgelora.errors import ModelError
 from edgelora.models.layout import decoder_shapes
+from edgelora.models.names import Renamings
 from edgelora.models.parts import Parts
 from edgelora.models.spec import DecoderSpec
 from edgelora.tasks import TASKS, get_task
@@ -26,6 +27,7 @@ class Layout:
     embeddings: tuple[str, ...]
     plain: tuple[str, ...]
     parts: Parts | None = None  # of a network: its base and its head
+    renamings: Renamings | None = None  # of a network's checkpoint
     architecture: str = ""  # the class of transformers, where the checkpoint may name another one
     tied_head: str | None = None  # path of an LM head that is the embedding
     transposed: bool = False  # transformers' class keeps linear weights as [K, N] (GPT-2's Conv1D)
@@ -79,7 +81,7 @@ def network_layout(config: dict[str, Any], task: Task) -> Layout:
     Linear layers of the base and the word embedding go on the grid. The head (everything outside of the base) was trained as
     it is and stays fp32, like convolutions, norms and their statistics, biases and the small position and type embeddings.
     """
-    from edgelora.models.network import build_network
+    from edgelora.models.build import build_network
 
     model = build_network(config, task.auto_class)
     parts = Parts.of(model, task)
@@ -90,7 +92,8 @@ def network_layout(config: dict[str, Any], task: Task) -> Layout:
     quantized = {f"{path}.weight" for path in (*linears, *embeddings)}
     counters = ".num_batches_tracked"  # of batch norm: nothing reads it once training is over
     plain = tuple(name for name in model.state_dict() if name not in quantized and not name.endswith(counters))
-    return Layout(linears, embeddings, plain, parts, getattr(model, "architecture", type(model).__name__))
+    architecture = getattr(model, "architecture", type(model).__name__)
+    return Layout(linears, embeddings, plain, parts, Renamings.of(model), architecture)
 
 
 def word_embedding(model: Any) -> torch.nn.Module | None:

@@ -18,6 +18,8 @@ TASKS = {
     "token-classification": "edgelora.tasks.token_classification:TokenClassification",
     "question-answering": "edgelora.tasks.question_answering:QuestionAnswering",
     "image-classification": "edgelora.tasks.image_classification:ImageClassification",
+    "image-segmentation": "edgelora.tasks.image_segmentation:ImageSegmentation",
+    "object-detection": "edgelora.tasks.object_detection:ObjectDetection",
     "audio-classification": "edgelora.tasks.audio_classification:AudioClassification",
 }
 
