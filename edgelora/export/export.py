@@ -86,8 +86,7 @@ def export(
             bar.update(1, stage="evaluate")
             with work.time("evaluate"):
                 add_results(work, force=force)
-                if precision != "fp32" and work.spec is None and not work.nodes:
-                    offer_int8(work)
+                offer_int8(work, precision)
             bar.update(1)
             if device == "web":
                 write_page(staging, vendor)

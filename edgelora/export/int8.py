@@ -38,8 +38,13 @@ TIMED = 15  # inputs of each graph
 FULL_RANGE = {"VNNI", "AMX-INT8", "NEON", "DOTPROD", "I8MM"}  # with these, sums of two products do not saturate in 16 bits
 
 
-def offer_int8(work: Work) -> None:
-    """Put an int8 graph in the place of the fp32 one where it is faster here and loses at most a point; record both."""
+def offer_int8(work: Work, wanted: str) -> None:
+    """Put an int8 graph in the place of the fp32 one where it is faster here and loses at most a point; record both.
+
+    A network with layers on the grid, and one whose `wanted` precision is fp32, is left as it is.
+    """
+    if wanted == "fp32" or work.spec is not None or work.nodes:
+        return
     rows = None if work.run is None else from_run(work.run, work.checkpoint.task, work.checkpoint.labels, {})
     if rows is None or work.run is None:
         console.say("int8 convolutions are calibrated on a run's pictures; without them the bundle stays in fp32")
