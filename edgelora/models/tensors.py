@@ -43,7 +43,8 @@ class Layout:
 
 def guess_task(config: dict[str, Any]) -> str:
     """Return the task that config.json's `architectures` stands for: the first one with that class of transformers."""
-    heads = {name: get_task(name).auto_class.removeprefix("AutoModel") or "Model" for name in TASKS}
+    heads = {name: get_task(name).auto_class.removeprefix("AutoModel") for name in TASKS}
+    heads = {name: head for name, head in heads.items() if head}  # a base alone could be for anything
     for architecture in config.get("architectures") or []:
         for name, head in heads.items():
             if architecture.endswith((head, "LMHeadModel") if name == GENERATION else head):
