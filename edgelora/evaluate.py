@@ -266,9 +266,8 @@ class Rows:
     def _encode(self, row: Row, taken: Taken) -> list[str]:
         """Add a row to `taken`, or return what is wrong with it."""
         task, labels, length = self.target.task, self.target.labels, self.target.max_length
-        for label in task.label_names(row):
-            if label not in labels:
-                return [f'the label "{label}" does not occur in training.{did_you_mean(label, labels)}']
+        if unknown := task.unknown(task.label_names(row), labels):
+            return [f'the label "{unknown[0]}" does not occur in training.{did_you_mean(unknown[0], labels)}']
         try:
             example = task.encode(row, self.processor, labels)
         except DataError as error:

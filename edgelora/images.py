@@ -27,7 +27,8 @@ MOST_PIXELS = 200_000_000
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """What preprocessor_config.json says. resize: (height, width), the shortest edge, or None; sizes in pixels."""
+    """What preprocessor_config.json says. resize: (height, width), the shortest edge, or None; longest: what the other edge may
+    come to; sizes in pixels."""
 
     resize: tuple[int, int] | int | None
     crop: tuple[int, int] | None
@@ -37,6 +38,7 @@ class ImageProcessor:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     flip_channels: bool = False
+    longest: int | None = None
 
     @classmethod
     def from_folder(cls, folder: Path) -> ImageProcessor:
@@ -76,16 +78,22 @@ class ImageProcessor:
             tuple(map(float, config.get("image_mean") or (0.5,) * 3)) if normalize else (0.0,) * 3,
             tuple(map(float, config.get("image_std") or (0.5,) * 3)) if normalize else (1.0,) * 3,
             bool(config.get("do_flip_channel_order")),
+            int(size["longest_edge"]) if isinstance(size, dict) and size.get("longest_edge") else None,
         )
+
+    @property
+    def output_size(self) -> tuple[int, int] | None:
+        """Height and width of every picture; None where they depend on it."""
+        return self.crop or (self.resize if isinstance(self.resize, tuple) else None)
 
     def read(self, path: str | Path) -> NDArray[np.uint8]:
         """Return a picture file as `pixels` does. Raises DataError where it is none, damaged or too large."""
-        return self.pixels(open_picture(Path(path)))
+        return self.pixels(open_picture(path))
 
     def pixels(self, picture: Any) -> NDArray[np.uint8]:
         """Return a Pillow image, resized and cropped, [H, W, 3]."""
         if self.resize is not None:
-            height, width = output_size(picture.size[::-1], self.resize)
+            height, width = output_size(picture.size[::-1], self.resize, self.longest)
             picture = picture.resize((width, height), resample=self.resample)
         array = np.asarray(picture, dtype=np.uint8)
         array = array if self.crop is None else center_crop(array, self.crop)
@@ -112,14 +120,19 @@ def box_of(size: Any) -> tuple[int, int]:
     return (found, found) if isinstance(found, int) else found
 
 
-def output_size(size: tuple[int, int], wanted: tuple[int, int] | int) -> tuple[int, int]:
-    """Return height and width after resizing; of a shortest edge the other one keeps the proportion, rounded down."""
+def output_size(size: tuple[int, int], wanted: tuple[int, int] | int, longest: int | None = None) -> tuple[int, int]:
+    """Return height and width after resizing; of a shortest edge the other one keeps the proportion, rounded down. Where that
+    came to more than `longest`, the shortest edge is less."""
     if not isinstance(wanted, int):
         return wanted
     height, width = size
+    exact = float(wanted)
+    if longest is not None and max(size) / min(size) * wanted > longest:
+        exact = longest * min(size) / max(size)
+    wanted = round(exact)
     if width <= height:
-        return int(wanted * height / width), wanted
-    return wanted, int(wanted * width / height)
+        return int(exact * height / width), wanted
+    return wanted, int(exact * width / height)
 
 
 def center_crop(array: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
@@ -135,8 +148,16 @@ def center_crop(array: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.u
     return array[top : top + size[0], left : left + size[1]]
 
 
-def open_picture(path: Path) -> Any:
-    """Return a picture file as an upright RGB image of Pillow. Raises DataError for what cannot be read as one."""
+def picture_size(path: Path) -> tuple[int, int]:
+    """Return width and height of a picture file, upright. Raises DataError for what is none."""
+    width, height = open_picture(path).size
+    return width, height
+
+
+def open_picture(path: str | Path, *, colours: bool = True) -> Any:
+    """Return a picture file as an upright RGB image of Pillow, or without `colours` in its own mode. Raises DataError for what
+    cannot be read as one."""
+    path = Path(path)
     try:
         from PIL import Image, ImageOps
     except ImportError:
@@ -151,6 +172,9 @@ def open_picture(path: Path) -> Any:
                         f"{path.name} has {width} × {height} pixels; at most {MOST_PIXELS // 10**6} million are read"
                     )
                 picture = ImageOps.exif_transpose(file)
+                if not colours:
+                    picture.load()
+                    return picture
                 if picture.mode.startswith("I;16"):  # Pillow would cut 16 bits off at 255 instead of scaling them
                     picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
                 return picture.convert("RGB")

@@ -116,7 +116,7 @@ def test_long_sounds_are_refused_or_cut(sounds: Path, tmp_path: Path) -> None:
 
 
 def test_a_family_that_cannot_be_adapted_is_refused() -> None:
-    from edgelora.models.network import build_network
+    from edgelora.models.build import build_network
 
     with pytest.raises(ModelError, match=r"wavlm.*cannot be adapted"):
         build_network({"model_type": "wavlm"}, "AutoModelForAudioClassification")

@@ -80,6 +80,18 @@ def test_backward_keeps_the_input_and_the_factors_alone() -> None:
     assert kept_bytes(FrozenBatchNorm(norm, statistics), x) <= 16 * 4
 
 
+@pytest.mark.parametrize("family", ["resnet", "mobilenet_v2"])
+def test_a_network_keeps_less_than_one_that_is_trained_whole(family: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForImageClassification
+
+    folder = tiny.save_vision(tmp_path / "model", family)
+    model = load_model(open_model(str(folder)), "image-classification", base_bits=32)
+    inject.attach(model, LoRASettings(rank=2), "all-linear")
+    whole = AutoModelForImageClassification.from_pretrained(folder).train()
+    x = torch.randn(8, 3, 32, 32)
+    assert kept_bytes(model.train().network, x) <= 0.8 * kept_bytes(whole, x)
+
+
 def test_batch_norm_keeps_its_statistics() -> None:
     torch.manual_seed(0)
     plain = nn.BatchNorm2d(5)

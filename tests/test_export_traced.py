@@ -16,7 +16,7 @@ from edgelora.errors import ModelError
 from edgelora.export import traced
 from edgelora.export.traced import TracedGraph, build_traced, export_traced
 from edgelora.merging.merge import merge
-from edgelora.models.network import build_network
+from edgelora.models.build import build_network
 from edgelora.quant.checkpoint import MergedCheckpoint
 from edgelora.quant.grid import QuantizedTensor
 from tests.tiny import save_encoder

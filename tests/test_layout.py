@@ -36,6 +36,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "writing",
         "audio",
         "spectrogram",
+        "masks",
+        "drawing",
     ),
     ("tasks",),
     ("data", "quant", "models", "adapters", "bundle", "scales_delta"),

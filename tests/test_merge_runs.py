@@ -112,7 +112,7 @@ def test_a_model_without_a_classification_head_is_refused(tmp_path: Path) -> Non
 
 
 def test_wrong_settings_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match='precision "int5" is not known; allowed: int4, int8, fp32'):
+    with pytest.raises(SettingsError, match='precision "int5" is not known; allowed: int2, int3, int4, int8, fp32'):
         merge(None, tmp_path / "out", model="x", precision="int5")
     with pytest.raises(SettingsError, match="block size 48 is not allowed; allowed: 32, 64"):
         merge(None, tmp_path / "out", model="x", block_size=48)

@@ -200,7 +200,13 @@ def test_labels_have_one_order() -> None:
         ({"text": "a", "label": 0}, []),
         ({"text": "", "label": " "}, ['"text" is empty', '"label" is empty']),
         ({"text": "a"}, ['"label" is missing']),
-        ({"text": "a", "label": 0.5}, ['"label" is a number; a name or a whole number is wanted']),
+        (
+            {"text": "a", "label": 0.5},
+            [
+                '"label" is a number; a name or a whole number is wanted: numbers are --task text-regression '
+                "--columns score=label"
+            ],
+        ),
         ({"text": "a", "text_pair": 1, "label": "x"}, ['"text_pair" is a number; text is wanted']),
     ],
 )

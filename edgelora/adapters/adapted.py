@@ -35,6 +35,7 @@ class Adapted:
     def build(cls, source: ModelSource, adapter: Update | None, layout: Layout) -> Adapted:
         """Fit the three together. Raises FolderError if the adapter names what the model does not have, or was made for other
         shapes; ModelError if a tensor that must ship is neither in the model nor in the adapter."""
+        source = source if layout.renamings is None else layout.renamings.fit(source)
         available = set(source.names())
         aliases = {name: name for name in layout.names() if name in available}
         if adapter is not None and parts_head(adapter, layout):

@@ -25,12 +25,17 @@ FILES = "--input rows.jsonl --output answers.jsonl"
 @click.option("--output", "output_file", type=FILE, help="JSONL file to write: the rows of --input, each with its output.")
 @click.option("--columns", type=COLUMNS, metavar="OURS=THEIRS,…", help="Our column names to the data's: prompt=question.")
 @click.option("--adapter", metavar="NAME", help="Adapter of the bundle, as `edgelora inspect BUNDLE` lists them.")
+@click.option(
+    "--save",
+    type=click.Path(path_type=Path),
+    help="Picture to write: INPUT with areas or boxes drawn on it. A folder for several.",
+)
 @click.option("--threads", type=click.IntRange(1), help="CPU threads. Default: the physical cores.")
 @click.option("--overwrite", is_flag=True, help="Replace the file of --output.")
 @setting_options(GenerateConfig)
 def run(
     bundle: Path, inputs: tuple[str, ...], input_file: Path | None, output_file: Path | None, config_file: Path | None,
-    columns: dict[str, str] | None, adapter: str | None, threads: int | None, overwrite: bool, **given: Any,
+    columns: dict[str, str] | None, adapter: str | None, save: Path | None, threads: int | None, overwrite: bool, **given: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Use a bundle: one answer or label for each INPUT.
 
@@ -40,6 +45,7 @@ def run(
     edgelora run bundle "turn the kitchen light off"
     edgelora run bundle --adapter lights "turn the kitchen light off"
     edgelora run bundle --input rows.jsonl --output answers.jsonl
+    edgelora run bundle --save marked.png photo.jpg
     """
     config = build_config(GenerateConfig(), config_file, given)
     if input_file is None and output_file is None:
@@ -47,9 +53,11 @@ def run(
 
         texts = [sys.stdin.read().rstrip("\n") if text == "-" else text for text in inputs]
         write = functools.partial(console.write, end="")
-        return answer(bundle, texts, config, threads=threads, adapter=adapter, write=write)
-    if input_file is None or output_file is None or inputs:
-        raise SettingsError("a file of rows takes --input and --output and no INPUT", hint=f"edgelora run {bundle} {FILES}")
+        return answer(bundle, texts, config, threads=threads, adapter=adapter, write=write, save=save)
+    if input_file is None or output_file is None or inputs or save:
+        raise SettingsError(
+            "a file of rows takes --input and --output and neither INPUT nor --save", hint=f"edgelora run {bundle} {FILES}"
+        )
     from edgelora.run.batch import run_file
 
     result = run_file(

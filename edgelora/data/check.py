@@ -146,6 +146,8 @@ def check_labels(result: Scan, names: dict[str, list[tuple[str, ...]]]) -> None:
     result.labels = result.task.labels(counts["train"])
     known = set(result.labels)
     result.label_counts = counts
+    if not known and not result.problems.found:
+        raise DataError(f"no row of {result.data} has a label to learn")
     if 0 < len(known) < result.task.fewest_labels and not result.problems.found:
         raise DataError(f'every row of {result.data} has the label "{result.labels[0]}"; at least two are needed')
     kinds: dict[str, tuple[Path, int]] = {}
@@ -157,7 +159,7 @@ def check_labels(result: Scan, names: dict[str, list[tuple[str, ...]]]) -> None:
                 kinds.setdefault(type(row["label"]).__name__, (path, line))
             if not known or (split == "train" and result.hashes[split][index] not in valid):
                 continue
-            for name in sorted(set(names[split][index]) - known):
+            for name in result.task.unknown(names[split][index], known):
                 close = did_you_mean(name, known)
                 result.problems.add(path, line, f'the label "{name}" does not occur in training.{close}')
     if len(kinds) > 1:

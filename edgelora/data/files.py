@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 
 from edgelora.data.parallel import languages_of, parallel_files
-from edgelora.data.read import READERS, media_column
+from edgelora.data.pictures import has_pictures
+from edgelora.data.read import READERS
 from edgelora.errors import DataError, MachineError
 
 SPLITS = {"train": ("train", "training"), "valid": ("valid", "validation", "dev", "val", "eval"), "test": ("test", "testing")}
@@ -42,7 +43,7 @@ def folder_files(folder: Path, name: str) -> Files:
     files: Files = {}
     for path in found:
         relative = path.relative_to(folder)
-        words = re.split(r"[-_.\\/]", relative.as_posix().lower())
+        words = re.split(r"[-_.\\/]|(?<=[a-z])(?=\d)", relative.as_posix().lower())
         for split, names in SPLITS.items():
             if set(words).intersection(names):
                 files.setdefault(split, []).append(path)
@@ -58,17 +59,13 @@ def folder_files(folder: Path, name: str) -> Files:
 
 
 def labelled_folders(folder: Path) -> Files:
-    """Return FOLDER/{train,valid,test} where these hold pictures or sounds by label, else FOLDER as train, or {}."""
+    """Return FOLDER/{train,valid,test} where these hold pictures, or sounds by label, else FOLDER as train, or {}."""
     inside = [path for path in folder.iterdir() if path.is_dir() and not hidden(path.relative_to(folder))]
     named = {split: [path for path in inside if path.name.lower() in names] for split, names in SPLITS.items()}
-    files = {split: paths for split, paths in named.items() if any(map(has_labelled, paths))}
+    files = {split: paths for split, paths in named.items() if any(map(has_pictures, paths))}
     if "train" in files:
         return files
-    return {"train": [folder]} if has_labelled(folder) else {}
-
-
-def has_labelled(folder: Path) -> bool:
-    return any(media_column(path) for path in folder.glob("*/**/*"))
+    return {"train": [folder]} if has_pictures(folder) else {}
 
 
 def hidden(relative: Path) -> bool:

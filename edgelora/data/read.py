@@ -11,12 +11,11 @@ from typing import Any
 from edgelora.data.conll import is_conll, read_conll
 from edgelora.data.lines import UTF8_BOM, Report, text_lines
 from edgelora.data.parallel import languages_of, read_parallel, read_po
+from edgelora.data.pictures import is_coco, read_coco, read_folder
 from edgelora.data.squad import is_squad, read_squad
 from edgelora.errors import DataError, MachineError
 from edgelora.tasks.base import Row
 
-SOUNDS = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au")
-PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 MANIFEST_NAMES = {"audio_filepath": "audio", "command": "label"}
 
 
@@ -30,12 +29,11 @@ def with_paths(row: Row, columns: Sequence[str], origin: Path) -> Row:
 def iterate_file(path: Path, report: Report) -> Iterator[tuple[int, Row]]:
     """Return (line number, row) of a file, by its suffix; Parquet rows count from 1. Raises DataError for a whole file.
 
-    A folder whose files stand in folders named like their label has a row {"image", "label"} for each picture, {"audio",
-    "label"} for each sound. Manifests that name their files as NeMo's do are read as ours. Of parallel text (train.en beside
-    train.de) any of the files stands for all.
+    A folder of pictures or sounds has a row for each of them (data/pictures.py). Manifests that name their files as NeMo's do
+    are read as ours. Of parallel text (train.en beside train.de) any of the files stands for all.
     """
     if path.is_dir():
-        return read_labelled_folder(path)
+        return read_folder(path, report)
     if path.suffix.lower() not in READERS and languages_of(path):
         return read_parallel(path, report)
     if path.suffix.lower() not in READERS:
@@ -45,21 +43,6 @@ def iterate_file(path: Path, report: Report) -> Iterator[tuple[int, Row]]:
 
 def our_names(row: Row) -> Row:
     return row if "audio_filepath" not in row else {MANIFEST_NAMES.get(name, name): value for name, value in row.items()}
-
-
-def read_labelled_folder(folder: Path) -> Iterator[tuple[int, Row]]:
-    """Read FOLDER/LABEL/…/picture.jpg (or sound.wav), in the order of their names; the number is the file's place."""
-    files = sorted(path.relative_to(folder) for path in folder.glob("*/**/*") if media_column(path))
-    for number, path in enumerate(files, 1):
-        yield number, {str(media_column(path)): path.as_posix(), "label": path.parts[0]}
-
-
-def media_column(path: Path) -> str | None:
-    """Return the column that a picture's or a sound's path stands in, None of other files."""
-    if path.name.startswith((".", "_")):
-        return None
-    suffix = path.suffix.lower()
-    return "image" if suffix in PICTURES else "audio" if suffix in SOUNDS else None
 
 
 def read_jsonl(path: Path, report: Report) -> Iterator[tuple[int, Row]]:
@@ -90,7 +73,10 @@ def read_jsonl(path: Path, report: Report) -> Iterator[tuple[int, Row]]:
 
 
 def read_json(path: Path, report: Report) -> Iterator[tuple[int, Row]]:
-    """Read an array of objects, or SQuAD's nested ones; a file that begins in neither way holds JSON lines."""
+    """Read an array of objects, COCO's annotations or SQuAD's questions; what begins in no such way holds JSON lines."""
+    if is_coco(path):
+        yield from read_coco(path, report)
+        return
     if is_squad(path):
         yield from read_squad(path, report)
         return

@@ -117,4 +117,6 @@ class Store(Sequence[Example]):
 
 
 def map_file(path: Path, dtype: np.dtype[Any]) -> NDArray[Any]:
+    if not path.stat().st_size:  # nothing can be mapped of it
+        return np.zeros(0, dtype)
     return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)

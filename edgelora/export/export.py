@@ -13,6 +13,7 @@ from edgelora.export.branches import base_folder, beside, check_mode, keep_besid
 from edgelora.export.decoder import build_decoder
 from edgelora.export.files import MODEL_NAMES, BundleFacts, special_tokens, write_files
 from edgelora.export.graph import save
+from edgelora.export.int8 import offer_int8
 from edgelora.export.mobile import write_mobile
 from edgelora.export.results import add_results
 from edgelora.export.trim.passages import Source
@@ -85,6 +86,7 @@ def export(
             bar.update(1, stage="evaluate")
             with work.time("evaluate"):
                 add_results(work, force=force)
+                offer_int8(work, precision)
             bar.update(1)
             if device == "web":
                 write_page(staging, vendor)

@@ -25,7 +25,7 @@ from edgelora.errors import ModelError
 from edgelora.export.attention import ATTENTION, emit, register_attention
 from edgelora.export.graph import save
 from edgelora.export.passes import apply
-from edgelora.models.network import build_network
+from edgelora.models.build import build_network
 from edgelora.quant.checkpoint import MergedCheckpoint
 from edgelora.quant.grid import QuantizedTensor
 from edgelora.tasks import get_task
@@ -62,7 +62,8 @@ def build_traced(checkpoint: MergedCheckpoint, accuracy_levels: Mapping[str, int
     """
     task = get_task(checkpoint.task)
     model = load_for_export(checkpoint, accuracy_levels or {})
-    wanted = task.inputs(checkpoint.config, inspect.signature(model.forward).parameters)
+    size = getattr(task.open_processor(checkpoint.folder), "output_size", None)
+    wanted = task.inputs({"input_size": size, **checkpoint.config}, inspect.signature(model.forward).parameters)
     traced = Traced(model, [tensor.name for tensor in wanted], [output.name for output in task.outputs])
     graph = trace(traced, wanted, task.outputs)
     return TracedGraph(graph, matmul_nodes(graph))

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from edgelora.models.source import ModelSource
 
 T = TypeVar("T")
 
@@ -57,6 +62,44 @@ def canonical_names(tensors: dict[str, T], config: dict[str, Any]) -> dict[str, 
             name = f"{prefix}.{name}"
         renamed[name] = tensor
     return with_shared_table(renamed, config)
+
+
+@dataclass(frozen=True)
+class Renamings:
+    """What transformers renames when it loads a checkpoint into a class: its own table, from version 5 on. `known` are the
+    names that the class has."""
+
+    rules: tuple[Any, ...]
+    prefix: str
+    known: frozenset[str]
+
+    @classmethod
+    def of(cls, network: Any) -> Renamings:
+        names = frozenset(network.state_dict())
+        try:
+            from transformers.conversion_mapping import get_model_conversion_mapping
+            from transformers.core_model_loading import WeightRenaming
+        except ImportError:  # before version 5 names were those of the classes
+            return cls((), network.base_model_prefix, names)
+        found = get_model_conversion_mapping(network, add_legacy=False)
+        rules = tuple(rule for rule in found if isinstance(rule, WeightRenaming))
+        return cls(rules, network.base_model_prefix, names)
+
+    def fit(self, source: ModelSource) -> ModelSource:
+        """Return the source with its tensors under the names of the class; what has one already keeps it."""
+        named = {name: self.renamed(name) for name in source.names()}
+        if all(name == new for name, new in named.items()):
+            return source
+        tensors = {named[name]: value for name, value in source.tensors.items()}
+        return dataclasses.replace(source, tensors=tensors, rows={named[name]: value for name, value in source.rows.items()})
+
+    def renamed(self, name: str) -> str:
+        if name in self.known:
+            return name
+        new = name
+        for rule in self.rules:
+            new, _ = rule.rename_source_key(new)
+        return next((found for found in (new, f"{self.prefix}.{new}") if found in self.known), name)
 
 
 def with_shared_table(tensors: dict[str, T], config: dict[str, Any]) -> dict[str, T]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -16,13 +15,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from edgelora.errors import ModelError
 from edgelora.models.base_file import BaseWeights, open_base
 from edgelora.models.base_layout import Section, own_bits
+from edgelora.models.build import build_network, label_tensors
 from edgelora.models.convolution import FrozenBatchNorm, FrozenConv, can_freeze
-from edgelora.models.embedder import Embedder
 from edgelora.models.linear import FrozenEmbedding, FrozenLinear, FrozenWeight
+from edgelora.models.names import Renamings
 from edgelora.models.parts import Parts
 from edgelora.models.recompute import Calls, Keeping, Shelf
 from edgelora.models.source import ModelSource
-from edgelora.models.speech import refuse_unfit, stop_at_waveform, without_chance
+from edgelora.models.speech import stop_at_waveform
 from edgelora.tasks.base import Task
 
 BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
@@ -31,15 +31,21 @@ WORD_EMBEDDINGS = ("word_embeddings", "tok_embeddings", "embed_tokens")
 
 class Network(nn.Module):
     """Whatever a task computes. `network` is transformers' model; `head_names` are the modules outside of its base, trained
-    whole (PEFT's modules_to_save); `output_names` what the task reads of its outputs."""
+    whole (PEFT's modules_to_save); `output_names` what the task reads of its outputs, `unused` ends of
+    the paths of layers that get no adapter."""
 
-    def __init__(self, network: Any, head_names: Sequence[str], output_names: Sequence[str]) -> None:
+    def __init__(
+        self, network: Any, head_names: Sequence[str], output_names: Sequence[str], unused: Sequence[str] = ()
+    ) -> None:
         super().__init__()
         self.network = network
         self.head_names = tuple(head_names)
         self.output_names = tuple(output_names)
+        self.unused = tuple(unused)
         self._keeping = Keeping()
         self._shelf: Shelf | None = None
+        accepted = inspect.signature(network.forward).parameters
+        self._takes_mask, self._takes_types = "pixel_mask" in accepted, "token_type_ids" in accepted
 
     @property
     def config(self) -> dict[str, Any]:
@@ -89,8 +95,17 @@ class Network(nn.Module):
         return {name: tensor for name, tensor in batch.items() if not name.startswith("labels")}
 
     def outputs(self, **inputs: Tensor) -> dict[str, Tensor]:
-        """Return the outputs of the network's class by name, `[B, …]` each."""
-        if "token_type_ids" in inputs and "token_type_ids" not in inspect.signature(self.network.forward).parameters:
+        """Return the outputs of the network's class by name, `[B, …]` each.
+
+        Raises ModelError for pictures of several sizes, padded to one, where the class takes no mask of what is real.
+        """
+        mask = None if self._takes_mask else inputs.pop("pixel_mask", None)
+        if mask is not None and not mask.is_meta and not mask.all():
+            raise ModelError(
+                f"{type(self.network).__name__} takes pictures of one size",
+                hint='preprocessor_config.json: "size": {"height": 512, "width": 512}',
+            )
+        if "token_type_ids" in inputs and not self._takes_types:
             inputs.pop("token_type_ids")  # DistilBERT and ModernBERT tell pairs by their separator alone
         found: dict[str, Tensor] = self.network(**inputs)
         return found
@@ -111,6 +126,8 @@ class Network(nn.Module):
         found: dict[str, nn.Module] = {}
         for path, module in self.network.named_modules():
             inside_adapter = any(path.startswith(f"{outer}.") for outer in found)
+            if path.endswith(self.unused):
+                continue
             if not inside_adapter and (isinstance(module, kind) or isinstance(getattr(module, "base", None), kind)):
                 found[path] = module
         return found
@@ -145,7 +162,7 @@ def load_network(
     has no such class, and for missing or misshapen tensors of the base, all at once.
     """
     network = build_network(source.config, task.auto_class, labels)
-    parts = Parts.of(network, task)
+    source, parts = Renamings.of(network).fit(source), Parts.of(network, task)
     heads = parts.heads(network)
     known = list((source.config.get("id2label") or {}).values())
     drawn = set() if not labels or known == list(labels) else label_tensors(network, task.auto_class)
@@ -158,51 +175,7 @@ def load_network(
     for name, parameter in network.named_parameters():
         if name.startswith(tuple(f"{head}." for head in heads)):
             parameter.requires_grad_(True)
-    return Network(network, heads, [output.name for output in task.outputs])
-
-
-def build_network(config: dict[str, Any], auto_class: str, labels: Sequence[str] = ()) -> Any:
-    """Return transformers' network of a config.json and an auto class: parameters on the meta device, buffers real."""
-    import transformers
-
-    kind = str(config.get("model_type"))
-    refuse_unfit(kind)
-    values = {key: value for key, value in config.items() if key not in ("model_type", "num_labels")}
-    if labels:
-        values["id2label"] = dict(enumerate(labels))
-        values["label2id"] = {label: number for number, label in enumerate(labels)}
-    try:
-        settings = without_chance(transformers.AutoConfig.for_model(kind, **values))
-        with parameters_on_meta():
-            network = getattr(transformers, auto_class).from_config(settings, dtype=torch.float32)
-            return Embedder(network) if auto_class == "AutoModel" and not hasattr(settings, "text_config") else network
-    except ValueError as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(f'transformers\' {auto_class} does not know the model type "{kind}": {reason}') from None
-
-
-@contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Let every parameter that a module registers be without memory; buffers are computed as always."""
-
-    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
-        if parameter is None or parameter.is_meta:
-            return parameter
-        return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
-
-    handle = torch.nn.modules.module.register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def label_tensors(network: Any, auto_class: str) -> set[str]:
-    """Return the names of the parameters whose shape depends on the number of labels."""
-    config = {**network.config.to_dict(), "model_type": network.config.model_type}
-    one_more = build_network(config, auto_class, [str(number) for number in range(network.config.num_labels + 1)])
-    shapes = {name: parameter.shape for name, parameter in one_more.named_parameters()}
-    return {name for name, parameter in network.named_parameters() if parameter.shape != shapes[name]}
+    return Network(network, heads, [output.name for output in task.outputs], task.unused)
 
 
 def network_sections(network: Any, source: ModelSource, parts: Parts, bits: int, skip: Collection[str] = ()) -> list[Section]:

@@ -16,9 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from edgelora.models.base_file import BaseWeights, open_base
 from edgelora.models.base_layout import Section, own_bits
+from edgelora.models.build import build_network
 from edgelora.models.head import Head
 from edgelora.models.linear import FrozenWeight
-from edgelora.models.network import Network, build_network, fill, network_sections
+from edgelora.models.network import Network, fill, network_sections
 from edgelora.models.parts import Parts
 from edgelora.models.recompute import Keeping
 from edgelora.models.source import ModelSource

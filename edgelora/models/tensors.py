@@ -9,6 +9,7 @@ import torch
 
 from edgelora.errors import ModelError
 from edgelora.models.layout import decoder_shapes
+from edgelora.models.names import Renamings
 from edgelora.models.parts import Parts
 from edgelora.models.spec import DecoderSpec
 from edgelora.tasks import TASKS, get_task
@@ -26,6 +27,7 @@ class Layout:
     embeddings: tuple[str, ...]
     plain: tuple[str, ...]
     parts: Parts | None = None  # of a network: its base and its head
+    renamings: Renamings | None = None  # of a network's checkpoint
     architecture: str = ""  # the class of transformers, where the checkpoint may name another one
     tied_head: str | None = None  # path of an LM head that is the embedding
     transposed: bool = False  # transformers' class keeps linear weights as [K, N] (GPT-2's Conv1D)
@@ -41,7 +43,8 @@ class Layout:
 
 def guess_task(config: dict[str, Any]) -> str:
     """Return the task that config.json's `architectures` stands for: the first one with that class of transformers."""
-    heads = {name: get_task(name).auto_class.removeprefix("AutoModel") or "Model" for name in TASKS}
+    heads = {name: get_task(name).auto_class.removeprefix("AutoModel") for name in TASKS}
+    heads = {name: head for name, head in heads.items() if head}  # a base alone could be for anything
     for architecture in config.get("architectures") or []:
         for name, head in heads.items():
             if get_task(name).writes and class_of(config, get_task(name).auto_class) == architecture:
@@ -91,7 +94,7 @@ def network_layout(config: dict[str, Any], task: Task) -> Layout:
     Linear layers of the base and the word embedding go on the grid. The head (everything outside of the base) was trained as
     it is and stays fp32, like convolutions, norms and their statistics, biases and the small position and type embeddings.
     """
-    from edgelora.models.network import build_network
+    from edgelora.models.build import build_network
 
     model = build_network(config, task.auto_class)
     parts = Parts.of(model, task)
@@ -102,7 +105,8 @@ def network_layout(config: dict[str, Any], task: Task) -> Layout:
     quantized = {f"{path}.weight" for path in (*linears, *embeddings)}
     counters = ".num_batches_tracked"  # of batch norm: nothing reads it once training is over
     plain = tuple(name for name in model.state_dict() if name not in quantized and not name.endswith(counters))
-    return Layout(linears, embeddings, plain, parts, getattr(model, "architecture", type(model).__name__))
+    architecture = getattr(model, "architecture", type(model).__name__)
+    return Layout(linears, embeddings, plain, parts, Renamings.of(model), architecture)
 
 
 def seq2seq_layout(config: dict[str, Any], auto_class: str) -> Layout:
@@ -122,7 +126,7 @@ def seq2seq_layout(config: dict[str, Any], auto_class: str) -> Layout:
         name for name in model.state_dict() if name not in apart and (name in shared or name in dict(model.named_buffers()))
     ]
     tied = next((table.head for table in found if table.head not in (None, table.path)), None)
-    return Layout(linears, embeddings, tuple(plain), Parts(), type(model).__name__, tied_head=tied)
+    return Layout(linears, embeddings, tuple(plain), Parts(), architecture=type(model).__name__, tied_head=tied)
 
 
 def word_embedding(model: Any) -> torch.nn.Module | None:

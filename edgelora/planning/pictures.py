@@ -24,15 +24,19 @@ def network_shape(source: ModelSource, task: Task) -> ModelShape:
     Counted are what every layer with a weight, norm and activation is given. Where its layers are not a list of equals, all of
     it is one layer. Time is corrected by the probe.
     """
-    from edgelora.models.network import Network, build_network
+    from edgelora.models.build import build_network
+    from edgelora.models.network import Network
     from edgelora.models.parts import Parts
 
-    network = build_network(source.config, task.auto_class).to("meta").eval()
+    network = build_network(source.config, task.auto_class).eval()
     processor = task.open_processor(source.folder)
     example = task.trial_examples(processor)[:1]
     wanted = [tensor.name for tensor in task.inputs(source.config, inspect.signature(network.forward).parameters)]
     batch = {name: torch.from_numpy(task.collate(example, processor)[name]) for name in wanted}
-    seen = count(network, {name: tensor.to("meta") for name, tensor in batch.items()})
+    if "pixel_mask" in inspect.signature(network.forward).parameters:  # whose values are looked at
+        seen = count(network._apply(lambda tensor: torch.zeros_like(tensor, device="cpu") if tensor.is_meta else tensor), batch)
+    else:
+        seen = count(network.to("meta"), {name: tensor.to("meta") for name, tensor in batch.items()})
     length = max(1, len(example[0]))
     parts = Parts.of(network, task)
     inside = {path: module for path, module in network.named_modules() if not parts.in_head(path)}
@@ -47,7 +51,7 @@ def network_shape(source: ModelSource, task: Task) -> ModelShape:
     hidden = max(1, min(widest, kept // 8))
     inner = max(1, min(widest, (kept - 5 * hidden) // 2))
     queries = max(1, (kept - 5 * hidden - 2 * inner) // 3)
-    heads = int(source.config.get("num_attention_heads") or 0)
+    heads = source.config.get("num_attention_heads")
     return ModelShape(
         encoder=True,
         layers=layers,
@@ -60,13 +64,17 @@ def network_shape(source: ModelSource, task: Task) -> ModelShape:
         linears=tuple(weighted),
         tables=(),
         merged_bytes=None,
-        scored_heads=heads if float(source.config.get("attention_probs_dropout_prob") or 0) > 0 else 0,
+        scored_heads=heads
+        if isinstance(heads, int) and float(source.config.get("attention_probs_dropout_prob") or 0) > 0
+        else 0,
         convolutions=frozenset(path for path, module in inside.items() if isinstance(module, nn.Conv1d | nn.Conv2d)),
     )
 
 
 def count(network: nn.Module, batch: dict[str, Tensor]) -> dict[int, int]:
     """Return the values of each tensor that a module without children is given, of those that keep it for backward."""
+    from edgelora.models.network import Network
+
     seen: dict[int, int] = {}
     held: list[Tensor] = []  # so that no number is used again
 
@@ -79,7 +87,7 @@ def count(network: nn.Module, batch: dict[str, Tensor]) -> dict[int, int]:
     hooks = [module.register_forward_pre_hook(see) for module in leaves]
     try:
         with torch.no_grad():
-            network(**batch)
+            Network(network, (), ()).outputs(**batch)
     finally:
         for hook in hooks:
             hook.remove()

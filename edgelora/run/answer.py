@@ -8,8 +8,12 @@ from typing import Any
 
 from edgelora.config import GenerateConfig
 from edgelora.errors import UserError
+from edgelora.folder import disk_errors
 from edgelora.run.model import Model, Prompt, load
+from edgelora.tasks import get_task
 from edgelora.tasks.base import Row
+
+FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # of pictures that are written; PNG otherwise
 
 
 def run(
@@ -20,8 +24,11 @@ def run(
     threads: int | None = None,
     adapter: str | None = None,
     write: Callable[[str], None] | None = None,
+    save: Path | None = None,
 ) -> dict[str, Any]:
     """Return {"output": …, "task": …}: one output for one input, a list for several.
+
+    save: where the one input, a picture, is written with its answer drawn on it; of several a folder ("saved" lists them).
 
     A text for a decoder; for a classifier [{"label": …, "probability": …}, …], the most probable first. `write` is given
     the text that people see, in pieces as it is made.
@@ -31,7 +38,28 @@ def run(
     model = load(bundle, threads=threads, adapter=adapter)
     rows: Sequence[Any] = inputs if model.task == "text-generation" else model.answerer.task.asked_rows(inputs)
     outputs = [run_one(model, row, config, write) for row in rows]
-    return {"task": model.task, "output": outputs[0] if len(outputs) == 1 else outputs}
+    result = {"task": model.task, "output": outputs[0] if len(outputs) == 1 else outputs}
+    return result if save is None else {**result, "saved": save_drawn(model, inputs, outputs, save)}
+
+
+def save_drawn(model: Model, inputs: Sequence[str], answers: Sequence[Any], save: Path) -> list[str]:
+    """Write each picture with its answer drawn on it: to `save`, or of several into that folder, named like the picture."""
+    from edgelora.images import open_picture
+
+    task, written = get_task(model.task), []
+    for given, answer in zip(inputs, answers, strict=True):
+        path = save if len(inputs) == 1 else save / f"{Path(given).stem}.png"
+        drawn = task.draw(open_picture(given), answer)
+        partial = path.with_name(f".{path.name}.partial")
+        with disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                drawn.save(partial, format=FORMATS.get(path.suffix.lower(), "PNG"))
+                partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)
+        written.append(str(path))
+    return written
 
 
 def run_one(model: Model, prompt: Prompt | Row, config: GenerateConfig | None, write: Callable[[str], None] | None) -> Any:

@@ -43,7 +43,7 @@ class Classifier:
         if unknown := self.input_names - known:
             raise FolderError(f"{bundle.model_path} is not for {self.task.name}: it asks for {', '.join(sorted(unknown))}")
         width = self.session.get_outputs()[0].shape[-1]
-        if self.task.has_labels and isinstance(width, int) and width != len(self.labels):
+        if isinstance(self.task, Classification) and isinstance(width, int) and width != len(self.labels):
             raise FolderError(f"{bundle.folder} lists {len(self.labels)} labels, but its model has {width} outputs")
 
     def use(self, adapter: Adapter | None) -> None:

@@ -20,6 +20,8 @@ TASKS = {
     "translation": "edgelora.tasks.translation:Translation",
     "summarization": "edgelora.tasks.summarization:Summarization",
     "image-classification": "edgelora.tasks.image_classification:ImageClassification",
+    "image-segmentation": "edgelora.tasks.image_segmentation:ImageSegmentation",
+    "object-detection": "edgelora.tasks.object_detection:ObjectDetection",
     "audio-classification": "edgelora.tasks.audio_classification:AudioClassification",
 }
 

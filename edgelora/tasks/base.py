@@ -145,6 +145,8 @@ class Task(ABC):
     fewest_labels: ClassVar[int] = 2
     head_parts: ClassVar[tuple[str, ...]] = ()
     """Names of modules inside of a network's base that are trained whole, as the head beside it is."""
+    unused: ClassVar[tuple[str, ...]] = ()
+    """Ends of the paths of layers that get no adapter: what they put out is not read, or what they are given is nothing."""
 
     def matches(self, columns: set[str]) -> bool:
         """Tell whether rows with these columns can be this task's."""
@@ -219,6 +221,10 @@ class Task(ABC):
         """
         label = self.label(row)
         return () if label is None else (label,)
+
+    def unknown(self, names: Iterable[str], labels: Collection[str]) -> list[str]:
+        """Return those of a row's label names that are none of the labels."""
+        return sorted(set(names) - set(labels))
 
     def trial_examples(self, processor: Any) -> list[Example]:
         """Return examples of several lengths, without labels, that an exported graph is compared with torch on."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,13 +14,14 @@ from edgelora.tasks.base import Example, GraphTensor, Row, Task
 from edgelora.tasks.rows import text_problems
 
 PATCH = 16  # pixels
+TRACED = {"height": 64, "width": 64}  # large enough to be halved some times
 
 
 class Pictures(Task):
     """A task with a column `image`. Its examples have pixels uint8 [H, W, 3] and, as length, their patches of 16 × 16 pixels:
     what batches and the planner's memory go by."""
 
-    file_columns = ("image",)
+    file_columns: ClassVar[tuple[str, ...]] = ("image",)
     unit = "patches"
     answered = "image"
 
@@ -37,7 +38,7 @@ class Pictures(Task):
         plain convolution slides over any picture."""
         size = config.get("image_size") if "interpolate_pos_encoding" in accepted or config.get("tf_padding") else None
         height, width = (size, size) if isinstance(size, int) else size or ("height", "width")
-        return (GraphTensor("pixel_values", "float32", ("batch_size", 3, height, width)),)
+        return (GraphTensor("pixel_values", "float32", ("batch_size", 3, height, width), TRACED),)
 
     def picture_arrays(self, pixels: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
         """Return pixels and length of an example."""

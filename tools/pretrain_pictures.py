@@ -1,0 +1,151 @@
+#!/usr/bin/env python3
+"""Train a small network of a family from scratch: the base to adapt where no pretrained weights are at hand.
+
+    python tools/pretrain_pictures.py scenes DATA --rows 400 --size 96 [--masks]
+    python tools/pretrain_pictures.py train unet DATA OUT --size 96 --minutes 3
+
+`scenes` draws discs, squares and triangles on noise, with their boxes (rows.jsonl) or masks. `train` writes a folder in Hugging
+Face layout. A figure for a network that was made so says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+KINDS = ("disc", "square", "triangle")
+RT_BACKBONE = {"model_type": "rt_detr_resnet", "embedding_size": 16, "hidden_sizes": [16, 32, 64, 128], "depths": [1, 1, 1, 1],
+               "layer_type": "basic", "out_features": ["stage2", "stage3", "stage4"]}  # fmt: skip
+FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "resnet": ("image-classification", "resnet", {"embedding_size": 16, "hidden_sizes": [16, 32, 64, 128],
+                                                  "depths": [1, 1, 1, 1], "layer_type": "basic"}),
+    "mobilenet_v2": ("image-classification", "mobilenet_v2", {"depth_multiplier": 0.5, "min_depth": 8}),
+    "vit": ("image-classification", "vit", {"patch_size": 4, "hidden_size": 96, "num_hidden_layers": 4,
+                                            "num_attention_heads": 4, "intermediate_size": 192}),
+    "unet": ("image-segmentation", "edgelora_unet", {"hidden_sizes": [12, 24, 48, 64]}),
+    "segformer": ("image-segmentation", "segformer", {"hidden_sizes": [16, 32, 80, 128], "depths": [1, 1, 1, 1],
+                                                      "decoder_hidden_size": 64}),
+    "yolos": ("object-detection", "yolos", {"patch_size": 8, "hidden_size": 96, "num_hidden_layers": 4,
+                                            "num_attention_heads": 4, "intermediate_size": 192, "num_detection_tokens": 30}),
+    "rt_detr": ("object-detection", "rt_detr", {
+        "backbone_config": RT_BACKBONE, "encoder_hidden_dim": 64, "encoder_in_channels": [32, 64, 128], "encoder_ffn_dim": 128,
+        "encoder_attention_heads": 4, "d_model": 64, "num_queries": 40, "decoder_in_channels": [64, 64, 64],
+        "decoder_ffn_dim": 128, "decoder_layers": 2, "decoder_attention_heads": 4, "num_denoising": 20}),
+}  # fmt: skip
+
+
+def scene(random: Any, size: int) -> tuple[Any, Any, list[dict[str, Any]]]:
+    """Return pixels [size, size, 3], classes [size, size] and objects of 2 to 6 shapes on noise."""
+    import numpy as np
+
+    pixels = random.normal(random.uniform(40, 215, 3), random.uniform(5, 25), (size, size, 3))
+    classes, objects = np.zeros((size, size), np.uint8), []
+    rows, columns = np.mgrid[:size, :size]
+    for _ in range(random.integers(2, 7)):
+        kind, radius = int(random.integers(3)), random.uniform(size / 16, size / 6)
+        y, x = random.uniform(radius, size - radius, 2)
+        inside = (
+            abs(rows - y) + abs(columns - x) * 2 <= radius
+            if kind == 2
+            else np.maximum(abs(rows - y), abs(columns - x)) <= radius
+        )
+        inside = (rows - y) ** 2 + (columns - x) ** 2 <= radius**2 if kind == 0 else inside
+        if not inside.any() or (classes[inside] > 0).any():
+            continue
+        pixels[inside] = random.normal(random.uniform(0, 255, 3), 8, (int(inside.sum()), 3))
+        classes[inside] = kind + 1
+        ys, xs = rows[inside], columns[inside]
+        objects.append({"label": KINDS[kind], "box": [int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1]})
+    return pixels.clip(0, 255).astype(np.uint8), classes, objects
+
+
+def write_scenes(folder: Path, count: int, size: int, *, masks: bool) -> None:
+    import numpy as np
+    from PIL import Image
+
+    random = np.random.default_rng(0)
+    (folder / "images").mkdir(parents=True)
+    (folder / "masks").mkdir() if masks else None
+    lines = []
+    for number in range(count):
+        pixels, classes, objects = scene(random, size)
+        Image.fromarray(pixels).save(folder / "images" / f"{number}.png")
+        if masks:
+            Image.fromarray(classes).save(folder / "masks" / f"{number}.png")
+        lines.append(json.dumps({"image": f"images/{number}.png", "objects": objects}))
+    if masks:
+        (folder / "classes.txt").write_text("\n".join(("ground", *KINDS)) + "\n", encoding="utf-8")
+    else:
+        (folder / "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def train(family: str, data: str, out: Path, size: int, minutes: float, batch_size: int, rate: float) -> None:
+    import numpy as np
+    import torch
+    import transformers
+
+    from edgelora.data.check import scan
+    from edgelora.images import ImageProcessor
+    from edgelora.models import unet
+    from edgelora.models.network import Network
+    from edgelora.models.predictor import to_tensors
+    from edgelora.tasks import get_task
+
+    unet.register()
+    name, kind, settings = FAMILIES[family]
+    task, found = get_task(name), scan(data, task=name, columns=None, valid=None)
+    found.problems.refuse(data)
+    side = [size, size] if family == "yolos" else size
+    config = transformers.AutoConfig.for_model(kind, **settings, image_size=side, id2label=dict(enumerate(found.labels)))
+    preprocessor = {"size": {"height": size, "width": size}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2}
+    processor = ImageProcessor.from_config(preprocessor)
+    torch.manual_seed(0)
+    network = getattr(transformers, task.auto_class).from_config(config).train()
+    model = Network(network, (), [output.name for output in task.outputs])
+    rows = [task.encode(found.located(path, row), processor, found.labels) for path, _, row in found.rows("train")]
+    optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=1e-2)
+    random, started, step, shown = np.random.default_rng(0), time.monotonic(), 0, 0.0
+    while (share := (time.monotonic() - started) / (60 * minutes)) < 1:
+        batch = to_tensors(task.collate([rows[i] for i in random.choice(len(rows), batch_size)], processor))
+        loss, items = task.loss(model, batch)
+        (loss / items).backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1.0, (step + 1) / 50) * (0.05 + 0.95 * math.cos(share * math.pi / 2))
+        optimizer.step()
+        optimizer.zero_grad()
+        step, shown = step + 1, 0.95 * shown + 0.05 * float(loss.detach()) / items
+        if step % 50 == 0:
+            print(f"step {step}, {share:.0%} of the time: loss {shown:.4f}", flush=True)
+    network.eval().save_pretrained(out)
+    (out / "preprocessor_config.json").write_text(json.dumps(preprocessor), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    drawn, trained = verbs.add_parser("scenes"), verbs.add_parser("train")
+    drawn.add_argument("data", type=Path)
+    drawn.add_argument("--rows", type=int, default=400)
+    drawn.add_argument("--masks", action="store_true")
+    trained.add_argument("family", choices=FAMILIES)
+    trained.add_argument("data")
+    trained.add_argument("out", type=Path)
+    trained.add_argument("--minutes", type=float, default=3.0)
+    trained.add_argument("--batch-size", type=int, default=16)
+    trained.add_argument("--learning-rate", type=float, default=1e-3)
+    for verb in (drawn, trained):
+        verb.add_argument("--size", type=int, default=96)
+    given = parser.parse_args()
+    if given.verb == "scenes":
+        write_scenes(given.data, given.rows, given.size, masks=given.masks)
+    else:
+        train(given.family, given.data, given.out, given.size, given.minutes, given.batch_size, given.learning_rate)
+
+
+if __name__ == "__main__":
+    main()
