@@ -12,6 +12,7 @@ import transformers
 
 from edgelora.config import FinetuneConfig
 from edgelora.data.check import scan
+from edgelora.data.describe import describe, render
 from edgelora.evaluate import evaluate
 from edgelora.export.export import export
 from edgelora.models.load import load_model
@@ -90,6 +91,16 @@ def test_which_task_rows_are_for(tmp_path: Path) -> None:
         'table.csv, line 4: "score" is nan; a finite number is wanted',
         'table.csv, line 5: "score" is 1000000000.0; divide all of them so that they are within -100 and 100',
     ]
+
+
+def test_thousands_of_labels_are_told_of_and_not_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tiny.save_encoder(tmp_path / "model", "bert", base_only=True)
+    rows = [{"text": f"{number} {again}", "label": f"class {number}"} for number in range(120) for again in range(2)]
+    described = describe(str(write(tmp_path / "rows.jsonl", rows)), folder, FinetuneConfig())
+    assert len(described["labels"]["train"]) == 120
+    render(described)
+    shown = capsys.readouterr()
+    assert "and 20 more labels" in shown.out + shown.err
 
 
 def test_metrics_are_those_of_scikit_learn_and_scipy() -> None:

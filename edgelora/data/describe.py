@@ -19,6 +19,7 @@ from edgelora.tasks import get_task
 
 FIRST_ROWS = 3
 BINS = 8
+MOST_LABELS = 100  # in the table; --json has all
 BAR = 40  # characters of the longest bar
 
 
@@ -106,7 +107,9 @@ def render(result: dict[str, Any]) -> None:
             {"label": label, train[0]: count, **{name: counts.get(label, 0) for name, counts in others}}
             for label, count in sorted(train[1].items(), key=lambda item: -item[1])
         ]
-        console.table("labels", rows)
+        console.table("labels", rows[:MOST_LABELS])
+        if len(rows) > MOST_LABELS:
+            console.markup(f"and {len(rows) - MOST_LABELS:,} more labels")
     trained = " as the model sees them, ⟦what is trained⟧" if lengths["unit"] != "characters" else ""
     console.markup(f"first rows{trained}:")
     for text in result["first_rows"]:

@@ -30,6 +30,7 @@ from edgelora.tasks.base import Row
 
 PREPARED = "prepared.json"
 TEXTS = ("valid", "test")
+MANY_LABELS, FEW_ROWS = 50, 5  # of more labels than that, fewer rows each are told of
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,9 @@ def write_stores(data: str, processor_folder: Path, out: Path, config: FinetuneC
     for split in set(found.files) - {"train"}:
         if common := sum(value in trained for value in found.hashes[split]):
             console.warn(f"{common} of the {writer.rows[split]} {split} rows are in training too: their scores will flatter")
+    if len(found.labels) > MANY_LABELS and writer.rows["train"] < FEW_ROWS * len(found.labels):
+        each = writer.rows["train"] / len(found.labels)
+        console.warn(f"{len(found.labels):,} labels with {each:.1f} rows each: is that the column with the labels?")
     if writer.truncated:
         console.warn(f"{writer.truncated} rows were cut to {max_length} {found.task.unit}")
 
