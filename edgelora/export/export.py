@@ -11,7 +11,7 @@ from edgelora import console
 from edgelora.errors import SettingsError
 from edgelora.export.branches import base_folder, beside, check_mode, keep_beside
 from edgelora.export.decoder import build_decoder
-from edgelora.export.files import MODEL_NAMES, BundleFacts, special_tokens, write_files
+from edgelora.export.files import BundleFacts, graph_names, special_tokens, write_files
 from edgelora.export.graph import save
 from edgelora.export.int8 import offer_int8
 from edgelora.export.mobile import write_mobile
@@ -180,7 +180,16 @@ def write_bundle(work: Work, max_length: int | None) -> None:
     inputs = write_graph(work, positions)
     longest = max_length or min(positions, MAX_LENGTH)
     facts = BundleFacts(
-        checkpoint.folder, checkpoint.config, work.precision, inputs, positions, longest, eos, bos, pad, graph_names(work)
+        checkpoint.folder,
+        checkpoint.config,
+        work.precision,
+        inputs,
+        positions,
+        longest,
+        eos,
+        bos,
+        pad,
+        graph_names(work.precision, work.checkpoint.task),
     )
     write_files(work.staging, facts, spec)
     work.manifest |= {
@@ -212,13 +221,15 @@ def write_bundle(work: Work, max_length: int | None) -> None:
 
 def write_graph(work: Work, positions: int) -> tuple[str, ...]:
     """Write the graph and its weights into onnx/; return the names of its inputs."""
-    path = work.staging / "onnx" / graph_names(work)[0]
+    path = work.staging / "onnx" / graph_names(work.precision, work.checkpoint.task)[0]
     path.parent.mkdir()
     levels = work.checkpoint.manifest.get("accuracy_levels") or {}
     if get_task(work.checkpoint.task).writes:
         from edgelora.export.seq2seq import export_seq2seq
 
-        graphs = export_seq2seq(work.checkpoint, path.with_name(graph_names(work)[1]), path, levels)
+        graphs = export_seq2seq(
+            work.checkpoint, path.with_name(graph_names(work.precision, work.checkpoint.task)[1]), path, levels
+        )
         work.nodes = graphs.nodes
         return graphs.inputs
     built: DecoderGraph | TracedGraph
@@ -235,14 +246,6 @@ def write_graph(work: Work, positions: int) -> tuple[str, ...]:
         unpack_for_web(built.model, work.nodes)
     save(built.model, path)
     return tuple(str(value.name) for value in built.model.graph.inputs)
-
-
-def graph_names(work: Work) -> tuple[str, ...]:
-    """Return the names of the graphs' files, that of the decoder first."""
-    name = MODEL_NAMES[work.precision]
-    if not get_task(work.checkpoint.task).writes:
-        return (name,)
-    return tuple(name.replace("model", part, 1) for part in ("decoder_model_merged", "encoder_model"))
 
 
 def exceptions(nodes: dict[str, dict[str, Any]]) -> dict[str, int]:

@@ -36,6 +36,14 @@ WRITING = (
 TRANSFORMERS_5_KEYS = ("backend", "is_local", "local_files_only", "processor_class", "auto_map")
 
 
+def graph_names(precision: str, task: str) -> tuple[str, ...]:
+    """Return the names of the graphs' files, that of the decoder first."""
+    name = MODEL_NAMES[precision]
+    if not get_task(task).writes:
+        return (name,)
+    return tuple(name.replace("model", part, 1) for part in ("decoder_model_merged", "encoder_model"))
+
+
 @dataclass(frozen=True)
 class BundleFacts:
     """What the files have in common. `inputs` are the graph's input names, `source` the merged folder."""
