@@ -177,28 +177,18 @@ def write_bundle(work: Work, max_length: int | None) -> None:
     positions = reach(checkpoint.config, spec)
     if max_length is not None and not 0 < max_length <= positions:
         raise SettingsError(f"max_length is {max_length}; this model takes 1 to {positions} tokens")
-    inputs = write_graph(work, positions)
+    graphs = graph_names(work.precision, checkpoint.task)
+    inputs = write_graph(work, positions, graphs)
     longest = max_length or min(positions, MAX_LENGTH)
-    facts = BundleFacts(
-        checkpoint.folder,
-        checkpoint.config,
-        work.precision,
-        inputs,
-        positions,
-        longest,
-        eos,
-        bos,
-        pad,
-        graph_names(work.precision, work.checkpoint.task),
-    )
+    facts = BundleFacts(checkpoint.folder, checkpoint.config, work.precision, inputs, positions, longest, eos, bos, pad, graphs)
     write_files(work.staging, facts, spec)
     work.manifest |= {
         "task": checkpoint.task,
         "labels": checkpoint.labels,
         "precision": work.precision,
         "device": work.device,
-        "model_file": f"onnx/{facts.graphs[0]}",
-        **({"encoder_file": f"onnx/{facts.graphs[1]}"} if len(facts.graphs) > 1 else {}),
+        "model_file": f"onnx/{graphs[0]}",
+        **({"encoder_file": f"onnx/{graphs[1]}"} if len(graphs) > 1 else {}),
         "max_length": facts.max_length,
         "tokens": {"eos": list(eos), "bos": bos, "pad": pad},
         "layers": checkpoint.layers,
@@ -219,17 +209,15 @@ def write_bundle(work: Work, max_length: int | None) -> None:
     write_manifest(work.staging, "bundle", **work.manifest)
 
 
-def write_graph(work: Work, positions: int) -> tuple[str, ...]:
-    """Write the graph and its weights into onnx/; return the names of its inputs."""
-    path = work.staging / "onnx" / graph_names(work.precision, work.checkpoint.task)[0]
+def write_graph(work: Work, positions: int, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Write the graphs and their weights into onnx/ under `names`; return the names of the first one's inputs."""
+    path = work.staging / "onnx" / names[0]
     path.parent.mkdir()
     levels = work.checkpoint.manifest.get("accuracy_levels") or {}
-    if get_task(work.checkpoint.task).writes:
+    if len(names) > 1:
         from edgelora.export.seq2seq import export_seq2seq
 
-        graphs = export_seq2seq(
-            work.checkpoint, path.with_name(graph_names(work.precision, work.checkpoint.task)[1]), path, levels
-        )
+        graphs = export_seq2seq(work.checkpoint, path.with_name(names[1]), path, levels)
         work.nodes = graphs.nodes
         return graphs.inputs
     built: DecoderGraph | TracedGraph

@@ -15,6 +15,7 @@ from typing import Any
 from edgelora.folder import write_json
 from edgelora.models.families import rope_parameters
 from edgelora.models.spec import DecoderSpec
+from edgelora.tasks import get_task
 
 MODEL_NAMES = {
     "int2": "model_q2.onnx",
