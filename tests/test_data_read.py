@@ -90,7 +90,7 @@ def test_faults_are_named_with_their_lines(name: str, content: bytes, wanted: li
     [
         ("a.csv", b"a,b,a\n1,2,3\n", 'a.csv, line 1: the column "a" occurs twice'),
         ("a.jsonl", '{"a": 1}\n'.encode("utf-16"), "a.jsonl is UTF-16 text; UTF-8 is wanted"),
-        ("a.txt", b"x", "a.txt is not a data file; allowed: .jsonl, .json, .csv, .tsv, .parquet"),
+        ("a.txt", b"x", "a.txt is not a data file; allowed: .jsonl, .json, .csv, .tsv, .parquet, .conll, .bio, .po"),
     ],
 )
 def test_files_that_cannot_be_read_at_all(name: str, content: bytes, wanted: str, tmp_path: Path) -> None:

@@ -44,9 +44,7 @@ def test_misspelt_column(edgelora: Edgelora) -> None:
     Path("rows.jsonl").write_text(ROWS.replace("prompt", "promt"), encoding="utf-8")
     assert edgelora("data", "rows.jsonl") == (
         2,
-        "error: no task has the columns completion, promt; wanted one of: messages (text-generation), prompt + completion "
-        "(text-generation), text (text-generation), text + text_pair + label (text-classification), text + label "
-        "(text-classification), image + label (image-classification)\n"
+        "error: no task has the columns completion, promt; wanted one of: prompt + completion (text-generation)\n"
         "hint: --columns prompt=promt maps our names to the data's\n",
     )
 

@@ -96,7 +96,7 @@ def edit_manifest(folder: Path, **content: Any) -> None:
         ({"bits": 4, "block_size": 32, "shape": [6, 700]}, "the manifest says"),
         ({"bits": 4, "block_size": 32}, "needs shape, bits and block_size"),
         ({"bits": 4, "block_size": 0, "shape": [6, 70]}, "4 bits in blocks of 0"),
-        ({"bits": "4", "block_size": 32, "shape": [6, 70]}, "allowed: 4 or 8 bits"),
+        ({"bits": "4", "block_size": 32, "shape": [6, 70]}, "allowed: 2, 4 or 8 bits"),
     ],
 )
 def test_a_manifest_that_does_not_fit_the_tensors_is_refused(merged: Path, layer: dict[str, Any], problem: str) -> None:

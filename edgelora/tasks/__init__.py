@@ -45,9 +45,12 @@ def guess_task(columns: Iterable[str]) -> Task:
         fits += [(len(shape), task) for shape in task.shapes if found.issuperset(shape)]
     if fits:
         return max(fits, key=lambda fit: fit[0])[1]
-    known = {column for name in TASKS for shape in get_task(name).shapes for column in shape} - found
-    close = [f"{match}={column}" for column in sorted(found) for match in difflib.get_close_matches(column, known, n=1)]
-    wanted = [f"{' + '.join(shape)} ({name})" for name in TASKS for shape in get_task(name).shapes]
+    shapes = [(name, shape) for name in TASKS for shape in get_task(name).shapes]
+    known = {column for _, shape in shapes for column in shape} - found
+    matches = {column: match for column in sorted(found) for match in difflib.get_close_matches(column, known, n=1)}
+    close = [f"{match}={column}" for column, match in matches.items()]
+    near = [(name, shape) for name, shape in shapes if {*found, *matches.values()}.issuperset(shape)]
+    wanted = [f"{' + '.join(shape)} ({name})" for name, shape in near or shapes]
     raise DataError(
         f"no task has the columns {', '.join(sorted(found)) or '(none)'}; wanted one of: {', '.join(wanted)}",
         hint=f"--columns {','.join(close) or 'prompt=mr,completion=ref'} maps our names to the data's",
