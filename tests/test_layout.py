@@ -38,6 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "spectrogram",
         "masks",
         "drawing",
+        "listening",
     ),
     ("tasks",),
     ("data", "quant", "models", "adapters", "bundle", "scales_delta"),

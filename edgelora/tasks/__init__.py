@@ -23,6 +23,7 @@ TASKS = {
     "image-segmentation": "edgelora.tasks.image_segmentation:ImageSegmentation",
     "object-detection": "edgelora.tasks.object_detection:ObjectDetection",
     "audio-classification": "edgelora.tasks.audio_classification:AudioClassification",
+    "automatic-speech-recognition": "edgelora.tasks.automatic_speech_recognition:SpeechRecognition",
 }
 
 
