@@ -28,9 +28,10 @@ class Transcribing(Writing):
         if int(self.settings.get("vocab_size") or 0) >= FIRST_MULTILINGUAL:
             names = [f"<|{self.settings.get('language') or 'en'}|>", "<|transcribe|>", NO_TIMES]
         found = [self.target.native.token_to_id(name) for name in names]
-        if None in found:
+        known = [int(token) for token in found if token is not None]
+        if len(known) < len(names):
             raise ModelError(f"the tokenizer lacks one of {', '.join(names)}", hint="the model's own tokenizer.json has them")
-        return (self.start, *(int(token) for token in found))
+        return (self.start, *known)
 
     @cached_property
     def search(self) -> Search:

@@ -32,11 +32,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "tokenizer",
         "chat_template",
         "images",
-<<<<<<< HEAD
         "search",
         "writing",
-=======
->>>>>>> 37318f9 (Tell how recordings are laid out)
         "audio",
         "spectrogram",
         "masks",
