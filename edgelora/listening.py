@@ -35,7 +35,8 @@ class Transcribing(Writing):
 
     @cached_property
     def search(self) -> Search:
-        return Search.from_settings(self.settings, self.prompt, self.eos)
+        places = int(self.settings.get("max_target_positions") or 448)
+        return Search.from_settings(self.settings, self.prompt, self.eos).limited(places - len(self.prompt))
 
     def encode_target(self, text: str) -> list[int]:
         return [*self.prompt[1:], *self.target.encode(f" {text.strip()}", add_special_tokens=False), self.eos[0]]
