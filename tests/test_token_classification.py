@@ -191,4 +191,6 @@ def test_the_whole_line(tmp_path: Path) -> None:
     other = write(tmp_path / "other.jsonl", [{"text": "in Rome", "spans": [[3, 7, "place"]]}])
     with pytest.raises(DataError, match="has 1 problem") as caught:
         evaluate(tmp_path / "bundle", str(other))
-    assert caught.value.problems == ['other.jsonl, line 1: the label "B-place" does not occur in training.']
+    assert caught.value.problems == [
+        'other.jsonl, line 1: the label "B-place" does not occur in training. Did you mean "B-name"?'
+    ]
