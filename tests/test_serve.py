@@ -251,7 +251,8 @@ def test_ctrl_c_ends_it_and_nothing_heavy_was_imported(decoder_bundle: Path, tmp
         "def ask(url):\n"
         '    request = urllib.request.Request(url + \'/v1/completions\', b\'{"prompt": "a", "max_tokens": 2}\',\n'
         "                                     {'Content-Type': 'application/json'})\n"
-        "    print(urllib.request.urlopen(request).status, file=sys.stderr)\n"
+        "    status = urllib.request.urlopen(request).status\n"
+        "    sys.stderr.write(f'\\nstatus {status}\\n')\n"  # a line of its own, whatever else is being written
         "    signal.raise_signal(signal.SIGINT)\n"
         "def started(running, url):\n"
         "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"
@@ -269,6 +270,6 @@ def test_ctrl_c_ends_it_and_nothing_heavy_was_imported(decoder_bundle: Path, tmp
     )  # fmt: skip
     lines = done.stderr.strip().splitlines()
     assert lines[0].startswith("text-generation at http://127.0.0.1:"), done.stderr
-    assert "200" in lines
+    assert "status 200" in lines
     assert lines[-3:] == ["Stopped.", "code 0", "[]"], done.stderr
     assert json.loads(done.stdout)["requests"] == 1
