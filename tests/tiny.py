@@ -143,15 +143,23 @@ PREPROCESSOR: dict[str, Any] = {
 
 
 def save_vision(folder: Path, family: str = "resnet", *, labels: int = 3, seed: int = 0, **overrides: Any) -> Path:
-    """Save a random classifier of pictures of a family of VISION, the statistics of its batch norms random too."""
-    import torch
+    """Save a random classifier of pictures of a family of VISION."""
     import transformers
 
     name, differs = VISION[family]
     config = getattr(transformers, name)(**{**differs, "num_labels": labels, **overrides})
+    save_network(folder, "AutoModelForImageClassification", config, seed)
+    return folder
+
+
+def save_network(folder: Path, auto_class: str, config: Any, seed: int) -> None:
+    """Save a random network, the statistics of its batch norms random too, and an image processor for 32 × 32 pixels."""
+    import torch
+    import transformers
+
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = transformers.AutoModelForImageClassification.from_config(config)
+        model = getattr(transformers, auto_class).from_config(config)
         for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 for tensor in (module.weight, module.running_var):
@@ -160,7 +168,6 @@ def save_vision(folder: Path, family: str = "resnet", *, labels: int = 3, seed: 
                     torch.nn.init.normal_(tensor, std=0.2)
     model.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR), encoding="utf-8")
-    return folder
 
 
 def save_pictures(folder: Path, rows: int = 24, size: int = 32) -> Path:

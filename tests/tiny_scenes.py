@@ -46,7 +46,7 @@ def save_detector(folder: Path, family: str = "yolos", *, labels: int = 2, seed:
     settings = {**differs, "num_labels": labels, **overrides}
     if isinstance(backbone := settings.get("backbone_config"), dict):
         settings["backbone_config"] = transformers.AutoConfig.for_model(**backbone)
-    save_network(folder, "AutoModelForObjectDetection", getattr(transformers, name)(**settings), seed)
+    tiny.save_network(folder, "AutoModelForObjectDetection", getattr(transformers, name)(**settings), seed)
     if family == "rt_detr":  # its last features are a 32nd of the picture, and attention to one place learns nothing
         larger = {**tiny.PREPROCESSOR, "size": {"height": 64, "width": 64}}
         (folder / "preprocessor_config.json").write_text(json.dumps(larger), encoding="utf-8")
@@ -64,26 +64,8 @@ def save_segmenter(folder: Path, family: str = "segformer", *, labels: int = 2, 
     config = (unet.UNetConfig if family == "unet" else getattr(transformers, name))(
         **{**differs, "num_labels": labels, **overrides}
     )
-    save_network(folder, "AutoModelForSemanticSegmentation", config, seed)
+    tiny.save_network(folder, "AutoModelForSemanticSegmentation", config, seed)
     return folder
-
-
-def save_network(folder: Path, auto_class: str, config: Any, seed: int) -> None:
-    """Save a random network and an image processor for pictures of 32 × 32 pixels."""
-    import torch
-    import transformers
-
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = getattr(transformers, auto_class).from_config(config)
-        for module in model.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                for tensor in (module.weight, module.running_var):
-                    torch.nn.init.uniform_(tensor, 0.5, 1.5)
-                for tensor in (module.bias, module.running_mean):
-                    torch.nn.init.normal_(tensor, std=0.2)
-    model.save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps(tiny.PREPROCESSOR), encoding="utf-8")
 
 
 def scene(number: int, size: int = 32) -> tuple[Any, Any, list[dict[str, Any]]]:

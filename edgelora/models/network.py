@@ -63,7 +63,11 @@ class Network(nn.Module):
         layers = self._layers()
         for index, layer in enumerate(layers):
             layer.__dict__.pop("forward", None)
-            layer.__dict__["forward"] = functools.partial(self._keep, layer, layer.forward, index, len(layers))
+            layer.__dict__["forward"] = self._wrapped(layer, index, len(layers))
+
+    def _wrapped(self, layer: nn.Module, index: int, count: int) -> Callable[..., Any]:
+        """Return the forward of one of `count` layers that keeps what `keeping` says."""
+        return functools.partial(self._keep, layer, layer.forward, index, count)
 
     def _keep(self, layer: nn.Module, forward: Callable[..., Any], index: int, count: int, *args: Any, **kwargs: Any) -> Any:
         """Compute one layer; its first output alone is differentiated."""

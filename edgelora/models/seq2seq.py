@@ -7,7 +7,7 @@ Where the class has its LM head it gives back what the head would read, so that 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,6 @@ from edgelora.models.head import Head
 from edgelora.models.linear import FrozenWeight
 from edgelora.models.network import Network, fill, network_sections
 from edgelora.models.parts import Parts
-from edgelora.models.recompute import Keeping
 from edgelora.models.source import ModelSource
 from edgelora.models.tables import compute_positions, replace_tables, tables
 from edgelora.search import Search, search
@@ -56,23 +55,11 @@ class Seq2Seq(Network):
         steps = TorchSteps(self, inputs)
         return search(steps, steps.count, settings)
 
-    @property
-    def keeping(self) -> Keeping:
-        """What the layers keep for backward. A decoder layer that is computed again keeps all its inputs, in fp32."""
-        return self._keeping
-
-    @keeping.setter
-    def keeping(self, keeping: Keeping) -> None:
-        self._keeping = keeping
-        layers = self._layers()
-        reading = len(stack(self.network.get_encoder()))
-        for index, layer in enumerate(layers):
-            layer.__dict__.pop("forward", None)
-            if index < reading:
-                wrapped = functools.partial(self._keep, layer, layer.forward, index, len(layers))
-            else:
-                wrapped = functools.partial(self._keep_inputs, layer.forward, index < len(layers) - keeping.kept_blocks)
-            layer.__dict__["forward"] = wrapped
+    def _wrapped(self, layer: nn.Module, index: int, count: int) -> Callable[..., Any]:
+        """A decoder layer that is computed again keeps all its inputs, in fp32."""
+        if index < len(stack(self.network.get_encoder())):
+            return super()._wrapped(layer, index, count)
+        return functools.partial(self._keep_inputs, layer.forward, index < count - self._keeping.kept_blocks)
 
     def _keep_inputs(self, forward: Any, again: bool, *args: Any, **kwargs: Any) -> Any:
         """Compute a decoder layer; `again`: in backward too. Its gradient goes to what the encoder gave as well."""

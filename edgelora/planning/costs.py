@@ -165,7 +165,7 @@ def resident_base_bytes(shape: ModelShape, settings: Settings) -> int:
 
 def bytes_per_weight(bits: int) -> float:
     """Return the bytes of a weight: on the grid, one fp32 scale per block comes on top."""
-    return bits / 8 + (FP32 / BLOCK_SIZE if bits in (4, 8) else 0)
+    return bits / 8 + (FP32 / BLOCK_SIZE if bits <= 8 else 0)
 
 
 def trained_blocks(shape: ModelShape, settings: Settings) -> int:
@@ -248,7 +248,7 @@ def unpack_bytes(shape: ModelShape, settings: Settings) -> int:
     whole = settings.base_bits == 32 and shape.merged_bytes is None
     # Of 32-bit weights nothing is unpacked; codes become bytes first (quant/grid.py): two buffers of them for 4 bits.
     bits = settings.grid_bits or settings.base_bits
-    codes = {8: 1, 4: 2}.get(bits, 0) * group
+    codes = {8: 1, 4: 2, 2: 2}.get(bits, 0) * group
     part = FP32 * min(group, ROWS_AT_ONCE) if settings.scales else 0  # of a weight's own gradient
     if whole and not settings.grid_bits:
         return part + (HALF * group if settings.half else 0)
