@@ -74,7 +74,7 @@ def ranking(places: Places) -> Prepared:
         words = set(intent(row).split())
         others = [name for name in intents if name != intent(row)]
         near = sorted(others, key=lambda name: -len(words & set(name.split())))[: 2 * count]
-        wrong = draw.sample(near, count - 1)
+        wrong = draw.sample(near, min(count - 1, len(near)))
         return [{"query": row["text"], "item": name, "relevance": int(name == intent(row))} for name in (intent(row), *wrong)]
 
     queries = split(found, test=300, valid=100, train=2000)
