@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gettext
 from pathlib import Path
 
@@ -60,9 +61,10 @@ def catalogues(places: Places) -> Prepared:
 
 def read_catalogue(path: Path) -> list[Row]:
     """Return the translated texts of a compiled catalogue, short ones without plural forms."""
-    with path.open("rb") as file:
+    pairs: list[tuple[str, str]] = []
+    with path.open("rb") as file, contextlib.suppress(UnicodeDecodeError):  # some headers are in Latin-1
         found = gettext.GNUTranslations(file)._catalog.items()  # type: ignore[attr-defined]  # no other way to list it
-    pairs = [(source.rpartition("\x04")[2], target) for source, target in found if isinstance(source, str) and source]
+        pairs = [(source.rpartition("\x04")[2], target) for source, target in found if isinstance(source, str) and source]
     return [
         {"source": source, "target": target}
         for source, target in dict(pairs).items()
