@@ -64,7 +64,7 @@ class FinetuneConfig:
         None, "LoRA alpha: the update is scaled by alpha / rank. Default: 2 × rank.", flag=True, allowed=ABOVE_0
     )
     target_modules: str | None = setting(
-        None, "all-linear, or names separated by commas: q_proj,v_proj. Default: the task's.", flag=True
+        None, "all-linear, none (the head alone), or names separated by commas: q_proj,v_proj. Default: the task's.", flag=True
     )
     last_layers: int | None = setting(
         None, "Adapters in the last N layers only; what the others compute is kept on disk.", flag=True, allowed=AT_LEAST_1

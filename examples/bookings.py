@@ -62,7 +62,17 @@ def make_rows() -> dict[str, list[dict[str, Any]]]:
         rows["scores"].append({"text": text, "score": round(len(spans) / 4, 2)})  # how complete it is
         extra = draw.choice(list(EXTRAS))
         rows["pairs"].append({"query": f"{text} {EXTRAS[extra]}", "item": f"wish: {extra}"})
+    rows["candidates"] = make_candidates(rows["labels"])
     return rows
+
+
+def make_candidates(labelled: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return all wishes as candidates of each message, those that it has relevant."""
+    return [
+        {"query": row["text"], "item": f"wish: {extra}", "relevance": int(extra in row["labels"])}
+        for row in labelled[: ROWS // len(EXTRAS)]
+        for extra in EXTRAS
+    ]
 
 
 def make_files() -> dict[Path, str]:

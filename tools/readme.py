@@ -4,6 +4,7 @@
     python tools/readme.py --check                               # exit code 1 where README.md is stale
     python tools/readme.py --measured quickstart/report.json     # keep new figures in tools/readme_figures.json, then rewrite
     python tools/readme.py --training results.json …             # the same with tools/bench_training's, readme_training.json
+    python tools/readme.py --measured-tasks results.json …       # the same with tools/bench_tasks's, readme_tasks.json
 
 A block is everything between `<!-- generated: NAME -->` and `<!-- end -->`.
 """
@@ -21,12 +22,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import readme_tasks
 import readme_training
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 FIGURES = ROOT / "tools" / "readme_figures.json"
 TRAINING = ROOT / "tools" / "readme_training.json"
+TASKS_MEASURED = ROOT / "tools" / "readme_tasks.json"
 BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -70,6 +73,16 @@ def training() -> str:
     for title, rows in readme_training.tables(found):
         parts += [title, markdown_table(rows)]
     return "\n\n".join(parts)
+
+
+def measured_tasks() -> str:
+    """What each task came to on real rows, as the benchmark measured it."""
+    found = figures(TASKS_MEASURED)
+    if not found:
+        return "Run `./tools/bench_tasks`, as below: it prints the table of your machine and keeps it as JSON."
+    notes = [f"- `{row['name']}`: {row['note']}" for row in found["rows"] if row["note"]]
+    tables = [markdown_table(table) for table in readme_tasks.tables(found["rows"])]
+    return "\n\n".join([f"As `./tools/bench_tasks` measured it on {found['machine']}:", *tables, "\n".join(notes)]).rstrip()
 
 
 def session() -> str:
@@ -150,7 +163,8 @@ def settings() -> str:
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
-    "results": results, "training": training, "session": session, "tasks": tasks, "help": help_text, "settings": settings,
+    "results": results, "training": training, "session": session, "tasks": tasks, "measured_tasks": measured_tasks,
+    "help": help_text, "settings": settings,
 }  # fmt: skip
 
 
@@ -159,17 +173,23 @@ def generate(text: str) -> str:
     return BLOCK.sub(lambda match: f"{match[1]}{BLOCKS[match[2]]()}\n{match[3]}", text)
 
 
+def keep(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
     parser.add_argument("--measured", type=Path, help="the report that the quickstart wrote")
     parser.add_argument("--training", type=Path, nargs="+", metavar="FILE", help="results of tools/bench_training; merged")
+    parser.add_argument("--measured-tasks", type=Path, nargs="+", metavar="FILE", help="results of tools/bench_tasks; merged")
     arguments = parser.parse_args()
     if arguments.measured:
         shutil.copyfile(arguments.measured, FIGURES)
     if arguments.training:
-        condensed = json.dumps(readme_training.condense(arguments.training), indent=1, ensure_ascii=False)
-        TRAINING.write_text(condensed + "\n", encoding="utf-8", newline="\n")
+        keep(TRAINING, readme_training.condense(arguments.training))
+    if arguments.measured_tasks:
+        keep(TASKS_MEASURED, readme_tasks.condense(arguments.measured_tasks, figures(TASKS_MEASURED)))
     before = README.read_text(encoding="utf-8")
     after = generate(before)
     if arguments.check and before != after:

@@ -21,15 +21,18 @@ if TYPE_CHECKING:
     from edgelora.models.network import Network
 
 ALL_LINEAR = "all-linear"
+NO_LAYER = "none"  # the head alone is trained
 
 
 def choose_targets(paths: Sequence[str], wanted: str, convolutions: Container[str] = ()) -> list[str]:
     """Return those of the model's layers that `wanted` names, in the model's order.
 
-    `wanted` is "all-linear", which of a network without linear layers means its `convolutions`, or names separated by commas;
-    a name matches a layer's whole path or its end at a dot, as in PEFT. Raises SettingsError for every name that matches
-    nothing.
+    `wanted` is "all-linear", which of a network without linear layers means its `convolutions`, "none", or names separated by
+    commas; a name matches a layer's whole path or its end at a dot, as in PEFT. Raises SettingsError for every name that
+    matches nothing.
     """
+    if wanted.strip() == NO_LAYER:
+        return []
     if wanted.strip() == ALL_LINEAR:
         return [path for path in paths if path not in convolutions] or list(paths)
     names = [name.strip() for name in wanted.split(",") if name.strip()]
@@ -60,6 +63,10 @@ def attach(model: Decoder | Network, settings: LoRASettings, targets: str) -> di
     """
     layers, convolutions = frozen_layers(model), frozen_convolutions(model)
     paths = choose_targets(list(layers), targets, convolutions)
+    if not paths and not dict(getattr(model, "head_parameters", dict)()):
+        raise SettingsError(
+            "without target modules nothing is trained: this task has no head", hint=f"--target-modules {ALL_LINEAR}"
+        )
     shapes = {path: (layers[path].out_features, layers[path].in_features) for path in paths}
     refuse_settings(settings, shapes, [path for path in paths if path in convolutions])
     added = {}

@@ -122,7 +122,7 @@ def peft_config(adapter: AdapterFile, paths: Sequence[str] = ()) -> dict[str, An
     """Return the content of adapter_config.json. Ranks and alphas that differ from the commonest go to the patterns."""
     ranks = {path: factors.rank for path, factors in adapter.factors.items()}
     alphas = {path: alpha_of(factors, rslora=adapter.rslora) for path, factors in adapter.factors.items()}
-    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] if values else 1 for values in (ranks, alphas))
     return {
         "peft_type": "LORA",
         "task_type": adapter.task_type,
@@ -183,7 +183,7 @@ def load(folder: Path) -> AdapterFile:
     problems = [line for path, part in parts.items() for line in wrong_part(path, part, config)]
     problems += [line for path, found in rows.items() for line in wrong_rows(path, found, config)]
     problems += unfit_parameters(config)
-    if problems or not parts:
+    if problems or not (parts or saved):
         lines = problems[:10] or ["no lora_A and lora_B"]
         raise FolderError("\n  ".join([f"{folder / WEIGHTS} is not a whole LoRA adapter:", *lines]))
     scales = {path: settings_of(config, path)[1] for path in parts}

@@ -116,7 +116,8 @@ def scan_split(result: Scan, split: str, limit: int | None = None) -> list[tuple
             result.problems.add(path, line, text)
         if problems:
             bad.add(len(hashes))
-        hashes.append(row_hash(row))
+        group = result.task.group(row) if not problems else None
+        hashes.append(row_hash(row if group is None else {"group": group}))
         names.append(tuple(result.task.label_names(located)) if not problems else ())
     result.hashes[split], result.bad[split] = hashes, bad
     return names

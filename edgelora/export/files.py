@@ -19,12 +19,12 @@ from edgelora.tasks import get_task
 
 MODEL_NAMES = {
     "int2": "model_q2.onnx",
-    "int3": "model_q3.onnx",
+    "int3": "model_q4.onnx",  # of 2 and 4 bits: transformers.js has no name for 3
     "int4": "model_q4.onnx",
     "int8": "model_quantized.onnx",
     "fp32": "model.onnx",
 }
-WEB_DTYPES = {"int2": "q2", "int3": "q3", "int4": "q4", "int8": "q8", "fp32": "fp32"}
+WEB_DTYPES = {"int2": "q2", "int3": "q4", "int4": "q4", "int8": "q8", "fp32": "fp32"}
 PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 VOCABULARIES = ("vocab.txt", "vocab.json", "merges.txt", "tokenizer.model")
 COPIED = (*PREPROCESSORS, *VOCABULARIES, "tokenizer.json", "special_tokens_map.json", "target_tokenizer.json")

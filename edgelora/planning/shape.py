@@ -124,6 +124,8 @@ class ModelShape:
 
     def lowest(self, targets: Sequence[str]) -> int:
         """Return the first layer that has an adapter; below it nothing is kept and nothing computed in backward."""
+        if not targets:  # the head alone
+            return self.layers
         layers = [layer_of(path) for path in targets]
         return min((layer for layer in layers if layer is not None and layer < self.layers), default=0)
 

@@ -15,6 +15,7 @@ TASKS = {
     "multi-label-classification": "edgelora.tasks.multi_label_classification:MultiLabelClassification",
     "text-regression": "edgelora.tasks.text_regression:TextRegression",
     "sentence-similarity": "edgelora.tasks.sentence_similarity:SentenceSimilarity",
+    "text-ranking": "edgelora.tasks.text_ranking:TextRanking",
     "token-classification": "edgelora.tasks.token_classification:TokenClassification",
     "question-answering": "edgelora.tasks.question_answering:QuestionAnswering",
     "translation": "edgelora.tasks.translation:Translation",

@@ -214,6 +214,10 @@ class Task(ABC):
         """Return the one label of a row; None where it has none, or the task another number of them."""
         return None
 
+    def group(self, row: Row) -> str | None:
+        """Return what rows share that stay together, in training or in validation; None where each stands alone."""
+        return None
+
     def label_names(self, row: Row) -> Iterable[str]:
         """Return the labels that occur in a row without problems: one, or those of its tokens, objects or areas.
 

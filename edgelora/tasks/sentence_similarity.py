@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from edgelora.tasks.base import TRIAL_TEXTS, Column, Example, GraphTensor, Metrics, Predictor, Row, Task
 from edgelora.tasks.classified import log_softmax
-from edgelora.tasks.ranked import ranking, ranking_text, retrieval_scores
+from edgelora.tasks.ranked import ASKED, asked_rankings, ranking, ranking_problems, ranking_text, retrieval_scores
 from edgelora.tasks.rows import json_row, text_problems
 from edgelora.tasks.texts import AXES, cut_before_last, padded, text_inputs
 from edgelora.tokenizer import Tokenizer
@@ -43,7 +43,7 @@ class SentenceSimilarity(Task):
         GraphTensor("last_hidden_state", "float32", (*AXES, "hidden_size")),
         GraphTensor("sentence_embedding", "float32", ("batch_size", "hidden_size")),
     )
-    asked = ("query", "items", "text")
+    asked = (*ASKED, "text")
     families = "BERT, RoBERTa, DistilBERT, MiniLM, DeBERTa, ModernBERT"
     metric = "mrr"
     metrics = ("loss", "mrr", "recall@1", "recall@5", "recall@10")
@@ -60,18 +60,11 @@ class SentenceSimilarity(Task):
 
     def asked_rows(self, inputs: Sequence[str]) -> list[Row]:
         """Several INPUTs are a query and the items to rank; one is a text to embed. A row may be written as JSON."""
-        rows = [json_row(text, self.asked) for text in inputs]
-        found = [row for row in rows if row is not None]
-        if len(found) == len(inputs):
-            return found
-        return [{"query": inputs[0], "items": list(inputs[1:])} if len(inputs) > 1 else {"text": inputs[0]}]
+        alone = len(inputs) == 1 and json_row(inputs[0], self.asked) is None
+        return [{"text": inputs[0]}] if alone else asked_rankings(inputs, self.asked)
 
     def asked_problems(self, row: Row) -> list[str]:
-        if "text" in row:
-            return text_problems(row, ("text",))
-        items = row.get("items")
-        good = isinstance(items, list) and items and all(isinstance(item, str) and item.strip() for item in items)
-        return text_problems(row, ("query",)) + ([] if good else ['"items" must be a list of texts, none of them empty'])
+        return text_problems(row, ("text",)) if "text" in row else ranking_problems(row)
 
     def inputs(self, config: Mapping[str, Any], accepted: Collection[str]) -> tuple[GraphTensor, ...]:
         return text_inputs(config, accepted)

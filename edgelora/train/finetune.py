@@ -278,8 +278,17 @@ class Training:
 
 
 def sample(store: Store, rows: list[Row], limit: int) -> tuple[list[Example], list[Row]]:
-    """Return at most `limit` (0: all) examples and their rows, chosen at random but always the same: files are often sorted."""
+    """Return at most `limit` (0: all) examples and their rows, chosen at random but always the same: files are often sorted.
+
+    Examples of a group (`Task.group`) come together, the last of them beyond the limit if need be.
+    """
     chosen = list(range(len(store)))
     if 0 < limit < len(store):
-        chosen = sorted(np.random.default_rng(0).permutation(len(store))[:limit].tolist())
+        chosen = np.random.default_rng(0).permutation(len(store)).tolist()
+        if "group" in store[0].arrays:
+            groups = [int(store[i].arrays["group"]) for i in range(len(store))]
+            first = {group: place for place, group in reversed(list(enumerate(groups[i] for i in chosen)))}
+            chosen.sort(key=lambda i: first[groups[i]])
+            limit += next((more for more, i in enumerate(chosen[limit:]) if groups[i] != groups[chosen[limit - 1]]), len(store))
+        chosen = sorted(chosen[:limit])
     return [store[i] for i in chosen], [rows[i] for i in chosen]

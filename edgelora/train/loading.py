@@ -115,7 +115,7 @@ def round_as_shipped(network: Model, run: Run) -> Run:
     if scales_grid.trains_scales(run.settings):
         codes = run.grid.get("codes") or scales_grid.code_digests(network)
         return dataclasses.replace(run, grid={**run.grid, "codes": codes})
-    if not on_grid.applies(run.settings, run.plan.base_bits) or not network.linears():
+    if not on_grid.applies(run.settings, run.plan.base_bits) or not network.linears() or not inject.adapters(network):
         return run
     run = dataclasses.replace(run, grid=run.grid or on_grid.choose_grid(network, run.settings))
     inject.put_on_grid(network, run.grid)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING
 
-from edgelora.adapters.inject import choose_targets
+from edgelora.adapters.inject import NO_LAYER, choose_targets
 from edgelora.errors import SettingsError
 from edgelora.planning.shape import layer_of
 from edgelora.tasks import get_task
@@ -20,7 +20,7 @@ def target_modules(paths: Sequence[str], config: FinetuneConfig, task: str, conv
     Raises SettingsError for names that match nothing and for more layers than there are.
     """
     wanted = config.target_modules or get_task(task).target_modules
-    if config.last_layers is None:
+    if config.last_layers is None or wanted == NO_LAYER:
         return wanted
     layers = [layer_of(path) for path in paths]
     count = 1 + max((layer for layer in layers if layer is not None), default=-1)

@@ -1,0 +1,131 @@
+"""The benchmark of tasks: data split by seed, the commands of a row, what is kept between calls, the table and README's."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
+
+import readme_tasks
+from tasks_bench import line, table, texts, wrong
+from tasks_bench.entry import Missing, Places, split
+from tasks_bench.rows import ENTRIES
+from training_bench.processes import Measured
+from training_bench.results import Results
+
+from edgelora.tasks import TASKS, get_task
+
+MACHINE = {
+    "processor": "P", "architecture": "x86_64", "physical_cores": 2, "ram_mb": 24576, "commit": "abc",
+    "packages": {"torch": "2.13.0"},
+}  # fmt: skip
+FIGURES = {"predicted_peak_mb": 400.0, "seconds": {"train": 60.0, "load": 30.0}, "table": [{"what": "base", "accuracy": 0.02}]}
+SCORES = {"head": 0.7, "run": 0.9, "merged": 0.89, "bundle": 0.88}
+
+
+def banking(folder: Path) -> Places:
+    lines = [
+        f"text {number} of {label},{label}" for number in range(20) for label in ("card_arrival", "top_up", "exchange_rate")
+    ]
+    lines += [f"more {number},card_arrival" for number in range(3000)]
+    (folder / "banking77.csv").write_text("text,category\n" + "\n".join(lines) + "\n", encoding="utf-8")
+    return Places(folder, folder / "models", folder / "work")
+
+
+def faked(calls: list[list[str]]) -> Any:
+    """Return a runner that notes commands and answers as `edgelora` does."""
+
+    def run(command: list[str], **_: Any) -> Measured:
+        words = command[command.index("edgelora") + 1 :]
+        calls.append(words)
+        out = Path(words[words.index("-o") + 1]) if "-o" in words else None
+        if out is not None:
+            (out / "data").mkdir(parents=True)
+        result: dict[str, Any] = {}
+        if words[0] == "finetune" and out is not None:
+            (out / "data" / "train.jsonl").write_text("{}\n" * 7, encoding="utf-8")
+            save_file({"a": torch.zeros(3, 4), "b": torch.zeros(5)}, out / "adapter_model.safetensors")
+            result = FIGURES
+        if words[0] == "evaluate":
+            result = {"rows": 9, "metrics": {"accuracy": SCORES[Path(words[1]).name]}}
+        if words[0] == "bench":
+            result = {"precision": "int4", "size_mb": 20.8, "ms_per_input": 3.25}
+        return Measured(command, 0, 1.0, 500.0, 500.0, None, 0.0, "", result)
+
+    return run
+
+
+def test_every_task_of_texts_has_a_row_and_every_row_a_metric_of_its_task() -> None:
+    assert {entry.task for entry in ENTRIES} <= set(TASKS)
+    assert [entry.name for entry in ENTRIES if entry.metric not in (*get_task(entry.task).metrics, "bleu")] == []
+    assert len({entry.name for entry in ENTRIES}) == len(ENTRIES)
+
+
+def test_splits_are_the_same_every_time_and_apart() -> None:
+    found = split(range(100), test=20, valid=10, train=-1)
+    assert found == split(range(100), test=20, valid=10, train=-1)
+    assert sorted(item for part in found.values() for item in part) == list(range(100))
+    assert found["test"] != list(range(20))
+
+
+def test_the_held_out_rows_are_not_in_data(tmp_path: Path) -> None:
+    prepared = texts.banking(banking(tmp_path))
+    assert {path.name for path in prepared.data.iterdir()} == {"train.jsonl", "valid.jsonl"}
+    assert prepared.columns == "label=category"
+    kept = {path.name: set(path.read_text(encoding="utf-8").splitlines()) for path in (prepared.test, *prepared.data.iterdir())}
+    assert not kept["test.jsonl"] & kept["train.jsonl"]
+    with pytest.raises(Missing, match="e2e_nlg"):
+        texts.ratings(banking(tmp_path))
+
+
+def test_candidates_have_one_that_fits(tmp_path: Path) -> None:
+    rows = [json.loads(text) for text in texts.ranking(banking(tmp_path)).test.read_text(encoding="utf-8").splitlines()]
+    first = [row for row in rows if row["query"] == rows[0]["query"]]
+    assert [row["relevance"] for row in first].count(1) == 1
+
+
+def test_a_row_goes_the_whole_line_and_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[list[str]] = []
+    monkeypatch.setattr(line, "run", faked(calls))
+    entry = replace(ENTRIES[0], rows=50)
+    places, results = banking(tmp_path), Results(tmp_path / "results.json", MACHINE)
+    row = line.measure(entry, places, results, 2)
+    verbs = [words[0] for words in calls]
+    assert verbs == ["finetune", "finetune", "evaluate", "evaluate", "merge", "evaluate", "export", "evaluate", "bench"]
+    assert calls[1][calls[1].index("--target-modules") + 1] == "none"
+    assert all("--columns" in words for words in calls if words[0] in ("finetune", "evaluate"))
+    assert [row[name] for name in ("base", "head", "adapter", "merged", "bundle")] == [0.02, 0.7, 0.9, 0.89, 0.88]
+    assert (row["trained"], row["rows"], row["test_rows"], row["minutes"]) == (17, 7, 9, 1.5)
+    results.part(f"{table.PART}{entry.name}", row)
+    line.measure(entry, places, Results(tmp_path / "results.json", MACHINE), 2)
+    assert len(calls) == len(verbs)  # nothing is measured twice
+    shown = table.shown(table.collected([tmp_path / "results.json"])[entry.name])
+    assert (shown["peak MB"], shown["head only"], shown["ms"]) == ("500 (400)", "0.700", "3.2")
+    condensed = readme_tasks.condense([tmp_path / "results.json"], {})
+    worth, took = readme_tasks.tables(condensed["rows"])
+    assert (worth[0]["bundle"], took[0]["trained parameters"]) == (0.88, "17")
+    assert "2 cores of P" in condensed["machine"]
+    with pytest.raises(SystemExit, match="other rows"):
+        readme_tasks.condense([tmp_path / "results.json"], {"machine": "another", "rows": []})
+
+
+def test_a_command_that_fails_ends_the_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = Measured([], 2, 1.0, 0.0, 0.0, None, 0.0, "error: no such file", {})
+    monkeypatch.setattr(line, "run", lambda *_, **__: failed)
+    with pytest.raises(line.Failed, match="edgelora finetune: error: no such file"):
+        line.measure(ENTRIES[0], banking(tmp_path), Results(tmp_path / "results.json", MACHINE), 2)
+
+
+def test_wrong_inputs_name_tasks_that_exist_and_can_be_made(tmp_path: Path) -> None:
+    for number, case in enumerate(wrong.CASES):
+        assert case.task in TASKS
+        (tmp_path / str(number)).mkdir()
+        assert case.make(tmp_path / str(number)).exists()

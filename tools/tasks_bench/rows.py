@@ -1,0 +1,48 @@
+"""The rows of the table, cheapest first."""
+
+from __future__ import annotations
+
+from tasks_bench import pictures, sequences, sounds, texts
+from tasks_bench.entry import Entry
+
+ENTRIES = (
+    Entry("banking77", "text-classification", "MiniLM (BERT)", "Banking77, 77 intents", "accuracy", texts.banking),
+    Entry(
+        "retrieval", "sentence-similarity", "MiniLM (BERT)", "Banking77: question → intent's name", "mrr", texts.retrieval,
+        options={"epochs": 1}, has_head=False,
+    ),
+    Entry(
+        "ranking", "text-ranking", "MiniLM (BERT)", "Banking77: 10 candidates a question", "ndcg@10", texts.ranking,
+        options={"epochs": 1},
+    ),
+    Entry("restaurant-ner", "token-classification", "MiniLM (BERT)", "Restaurants-8k slots", "f1", texts.spans),
+    Entry("wnut17", "token-classification", "MiniLM (BERT)", "WNUT 17", "f1", texts.wnut, options={"epochs": 2}),
+    Entry("restaurant-qa", "question-answering", "MiniLM (BERT)", "Restaurants-8k as questions", "f1", texts.questions),
+    Entry(
+        "restaurant-slots", "multi-label-classification", "MiniLM (BERT)", "Restaurants-8k: which slots", "micro_f1",
+        texts.wishes,
+    ),
+    Entry("ratings", "text-regression", "MiniLM (BERT)", "E2E: rating spoken of", "pearson", texts.ratings),
+    Entry(
+        "membrane", "image-segmentation", "U-Net", "ISBI 2012 membranes", "mean_iou", pictures.membrane,
+        options={"epochs": 10, "batch-size": 2, "learning-rate": 5e-3},
+    ),
+    Entry("fashion", "image-classification", "ResNet", "Fashion-MNIST", "accuracy", pictures.fashion),
+    Entry("bccd", "object-detection", "YOLOS", "BCCD blood cells", "map_50", pictures.cells, options={"epochs": 10}),
+    Entry(
+        "fsdd-words", "automatic-speech-recognition", "Whisper tiny.en", "FSDD digits", "wer", sounds.words, has_head=False,
+    ),
+    Entry("fsdd-digits", "audio-classification", "Whisper tiny.en", "FSDD digits", "accuracy", sounds.classes),
+    Entry(
+        "meanings", "translation", "T5, small", "E2E: meaning → text", "bleu", sequences.meanings,
+        options={"epochs": 2}, has_head=False, rows=120,
+    ),
+    Entry(
+        "catalogues", "translation", "T5, small", "iso-codes' names of languages, English → German", "chrf",
+        sequences.catalogues, options={"epochs": 2}, has_head=False, rows=200,
+    ),
+    Entry(
+        "e2e", "text-generation", "SmolLM2-135M", "E2E: meaning → text", "loss", texts.descriptions,
+        options={"epochs": 1}, has_head=False, generate=False,
+    ),
+)  # fmt: skip
