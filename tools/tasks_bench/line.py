@@ -97,6 +97,7 @@ def measure(entry: Entry, places: Places, results: Results, threads: int) -> Rec
         "rows": count(line.folder("run") / "data" / "train.jsonl"),
         "test_rows": results.content["runs"][f"{entry.name}/evaluate-bundle"]["result"]["rows"],
         "trained": trained_parameters(line.folder("run")),
+        "threads": threads, "others_busy": trained["others_busy"],
         "minutes": sum(figures["seconds"].values()) / 60,
         "peak_mb": trained["peak_rss_mb"], "predicted_mb": figures["predicted_peak_mb"],
         "metric": entry.metric, "base": base, "head": head, "adapter": adapter, "merged": merged, "bundle": bundle,
