@@ -75,7 +75,7 @@ def test_every_verb_has_its_help_on_the_page() -> None:
 
 def test_scripts_that_are_named_exist_and_can_be_run() -> None:
     scripts = {line.split()[0] for line in commands(README) if line.startswith("./")}
-    assert scripts == {"./tools/test", "./tools/check", "./tools/bench_training", "./tools/bench_tasks"}
+    assert scripts == {"./tools/test", "./tools/check", "./tools/bench_training", "./tools/bench_tasks", "./tools/bench_device"}
     for script in (*scripts, "./tools/quickstart", "./tools/bench_kills", ".ci/run"):
         text = (ROOT / script).read_text(encoding="utf-8")
         assert text.startswith("#!/usr/bin/env bash\n")

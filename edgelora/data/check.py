@@ -102,7 +102,7 @@ def scan(data: str, *, task: str | None, columns: Mapping[str, str] | None, vali
         raise DataError(f"{data} has no rows")
     if "valid" not in files:
         split_train(result, names["train"], share)
-    if chosen.has_labels:
+    if chosen.has_labels or chosen.keeps_labels:
         check_labels(result, names)
     return result
 
@@ -149,7 +149,7 @@ def check_labels(result: Scan, names: dict[str, list[tuple[str, ...]]]) -> None:
     result.labels = result.task.labels(counts["train"])
     known = set(result.labels)
     result.label_counts = counts
-    if not known and not result.problems.found:
+    if not known and not counts["train"] and not result.problems.found:
         raise DataError(f"no row of {result.data} has a label to learn")
     if 0 < len(known) < result.task.fewest_labels and not result.problems.found:
         raise DataError(f'every row of {result.data} has the label "{result.labels[0]}"; at least two are needed')

@@ -13,6 +13,7 @@ from edgelora.config import GenerateConfig
 from edgelora.errors import UserError
 from edgelora.run.adapters import Adapter, initializers, read_factors
 from edgelora.run.decoder import DecoderSession
+from edgelora.run.drafts import Drafts
 from edgelora.run.sampling import Sampler
 from edgelora.tokenizer import Tokenizer
 
@@ -78,6 +79,17 @@ class Generator:
         self.cached.append(token)
         return logits
 
+    def check(self, length: int, tokens: list[int]) -> NDArray[np.float32]:
+        """Keep `length` tokens of the cache, append `tokens` and return the logits `[len(tokens), vocabulary]` after each."""
+        if length < len(self.cached):
+            self.decoder.rewind(length)
+            self.cached = self.cached[:length]
+        if len(tokens) == 1:
+            return self.step(tokens[0])[None]
+        rows = self.decoder.score(tokens).copy()  # another answer may be begun before all of them are read
+        self.cached += tokens
+        return rows
+
     def forget(self) -> None:
         """Empty the cache: someone else uses the decoder."""
         self.decoder.rewind(0)
@@ -98,11 +110,13 @@ class Answer:
         self.stop_token_ids = generator.stop_token_ids if stop is None else stop
         self.config = config
         self.prompt = prompt
+        self.limit = min(config.max_new_tokens, generator.decoder.max_length - len(prompt) + 1)
         self.tokens: list[int] = []
         self.text = ""
         self.finish = ""
         self.prefill_s = self.decode_s = 0.0
         self.sampler = Sampler(config)
+        self.drafts = Drafts(prompt) if config.speculate else None
         self.pieces = self._write()
 
     def __iter__(self) -> Iterator[str]:
@@ -133,28 +147,40 @@ class Answer:
         """Yield the tokens of the answer, without the one that ends it."""
         started = time.perf_counter()
         self.generator.writing = self
-        logits = self.generator.feed(self.prompt)
+        draft: list[int] = []
+        rows = self.generator.feed(self.prompt)[None]
         self.prefill_s = time.perf_counter() - started
         started = time.perf_counter()
-        limit = min(self.config.max_new_tokens, self.generator.decoder.max_length - len(self.prompt) + 1)
         while True:
-            token = self.sampler.choose(logits, [*self.prompt, *self.tokens] if self.config.repetition_penalty != 1 else ())
-            self.decode_s = time.perf_counter() - started
-            if token in self.stop_token_ids:
-                self.finish = "end"
-                return
-            self.tokens.append(token)
-            yield token
-            if len(self.tokens) >= limit:
-                self.finish = "length" if limit == self.config.max_new_tokens else "context"
-                return
-            logits = self._next(token)
+            for place, logits in enumerate(rows):
+                token = self.sampler.choose(logits, [*self.prompt, *self.tokens] if self.config.repetition_penalty != 1 else ())
+                self.decode_s = time.perf_counter() - started
+                if token in self.stop_token_ids:
+                    self.finish = "end"
+                    return
+                self.tokens.append(token)
+                yield token
+                if len(self.tokens) >= self.limit:
+                    self.finish = "length" if self.limit == self.config.max_new_tokens else "context"
+                    return
+                if place < len(draft) and token != draft[place]:
+                    break  # the rows after it belong to a text that the model does not write
+            rows, draft = self._next(token, len(draft), place)
 
-    def _next(self, token: int) -> NDArray[np.float32]:
-        if self.generator.writing is self:
-            return self.generator.step(token)
-        self.generator.writing = self  # another answer was begun meanwhile: compute what differs again
-        return self.generator.feed([*self.prompt, *self.tokens])
+    def _next(self, token: int, drafted: int, accepted: int) -> tuple[NDArray[np.float32], list[int]]:
+        """Return the logits after `token` and after each token of a draft, and the draft; of the last, `accepted` came true."""
+        generator, drafts = self.generator, self.drafts
+        if drafts is not None:
+            drafts.learn(drafted, accepted)
+            drafts.extend(self.tokens[drafts.length - len(self.prompt) :])
+        if generator.writing is not self:  # another answer was begun meanwhile: compute what differs again
+            generator.writing = self
+            return generator.feed([*self.prompt, *self.tokens])[None], []
+        if drafts is None:
+            return generator.step(token)[None], []
+        draft = drafts.propose(min(self.limit - len(self.tokens) - 1, generator.decoder.score_limit - 1))
+        rows = generator.check(len(self.prompt) + len(self.tokens) - 1, [token, *draft])
+        return rows, draft
 
 
 class StopStrings:

@@ -17,6 +17,7 @@ REQUIREMENTS: dict[str, tuple[str, ...]] = {
         TORCH, "transformers==5.23.0", "peft==0.21.2", "onnx==1.23.2", "onnx-ir==1.1.0", "onnxruntime==1.31.1",
         "onnxruntime-genai==0.18.0", "sympy",
     ),
+    "llama": ("llama-cpp-python==0.3.36", "numpy"),  # compiled for this machine's instruction sets while it is installed
     "gptq": (TORCH, "transformers==5.17.0", "llmcompressor==0.14.0.1"),
 }  # fmt: skip
 STAMP = "requirements.txt"
@@ -32,8 +33,9 @@ def interpreter(name: str, work: Path) -> str:
     console.say(f"making the environment of {', '.join(REQUIREMENTS[name])}")
     shutil.rmtree(folder, ignore_errors=True)
     call([sys.executable, "-m", "venv", str(folder)])
-    for requirements in ([TORCH], list(REQUIREMENTS[name])):
-        call([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements])
+    for requirements in ([TORCH] * (TORCH in REQUIREMENTS[name]), list(REQUIREMENTS[name])):
+        if requirements:
+            call([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements])
     stamp.write_text(wanted, encoding="utf-8")
     return str(python)
 
