@@ -133,7 +133,7 @@ def descend(
     import torch
 
     optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=1e-2)
-random, step, shown = np.random.default_rng(0), 0, 0.0
+    random, step, shown = np.random.default_rng(0), 0, 0.0
     # Of the processors: what others do meanwhile takes nothing away.
     started, allowed = time.process_time(), 60 * minutes * torch.get_num_threads()
     while (share := (time.process_time() - started) / allowed) < 1:
