@@ -136,12 +136,17 @@ def open_sound(path: Path) -> tuple[Wave, int]:
                 raise DataError(f"{path.name} has {seconds:.0f} seconds; at most {MOST_SECONDS} are read")
             channels = file.read(dtype="float32", always_2d=True)
     except (RuntimeError, OSError, ValueError, TypeError) as error:
-        raise DataError(f"{path.name} cannot be read as sound: {reason(error)}") from None
+        raise DataError(f"{shown(path)} cannot be read as sound: {reason(error)}") from None
     if not len(channels):
-        raise DataError(f"{path.name} has no sound in it: 0 samples")
+        raise DataError(f"{shown(path)} has no sound in it: 0 samples")
     if not np.isfinite(channels).all():
         raise DataError(f"{path.name} has samples that are no numbers")
     return np.ascontiguousarray(channels.mean(axis=1)), rate
+
+
+def shown(path: Path) -> str:
+    """Return a file's name with its folder's: names such as 1.wav stand in the folder of every label."""
+    return "/".join(path.parts[-2:])
 
 
 def reason(error: Exception) -> str:

@@ -175,4 +175,5 @@ def open_picture(path: str | Path, *, colours: bool = True) -> Any:
         raise DataError(f"{path} does not exist") from None
     except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError) as error:
         reason = "it is no picture that Pillow reads" if type(error).__name__ == "UnidentifiedImageError" else str(error)
-        raise DataError(f"{path.name} cannot be read: {reason or type(error).__name__}") from None
+        name = "/".join(path.parts[-2:])  # names such as 1.png stand in the folder of every label
+        raise DataError(f"{name} cannot be read: {reason or type(error).__name__}") from None

@@ -32,7 +32,8 @@ class Problems:
         self.found.append((place, line, text, path))
 
     def lines(self) -> list[str]:
-        return [f"{path.name}, line {line}: {text}" for _, line, text, path in sorted(self.found, key=lambda entry: entry[:3])]
+        found = sorted(self.found, key=lambda entry: entry[:3])
+        return [f"{path.name}, {'file' if path.is_dir() else 'line'} {line}: {text}" for _, line, text, path in found]
 
     def refuse(self, data: str) -> None:
         """Raise DataError with every problem, if there is one."""
@@ -130,7 +131,8 @@ def split_train(result: Scan, names: list[tuple[str, ...]], share: float | None)
     hashes = result.hashes["train"]
     result.valid = choose_valid([hashes[i] for i in good], [labels[i] for i in good], share) if good else set()
     if good and not result.valid and not result.problems.found:
-        raise DataError(f"{result.data} has no rows to spare for validation", hint="give another file with --valid FILE")
+        why = "no label has two different ones" if any(labels) else "all are the same"
+        raise DataError(f"{result.data} has no rows to spare for validation: {why}", hint="give another file with --valid FILE")
 
 
 def check_labels(result: Scan, names: dict[str, list[tuple[str, ...]]]) -> None:
