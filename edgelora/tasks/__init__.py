@@ -53,8 +53,9 @@ def guess_task(columns: Iterable[str]) -> Task:
     shapes = [(name, shape) for name in TASKS for shape in get_task(name).shapes]
     known = {column for _, shape in shapes for column in shape} - found
     matches = {column: match for column in sorted(found) for match in difflib.get_close_matches(column, known, n=1)}
-    close = [f"{match}={column}" for column, match in matches.items()]
     near = [(name, shape) for name, shape in shapes if {*found, *matches.values()}.issuperset(shape)]
+    asked = {column for _, shape in near or shapes for column in shape}
+    close = [f"{match}={column}" for column, match in matches.items() if match in asked]
     wanted = [f"{' + '.join(shape)} ({name})" for name, shape in near or shapes]
     raise DataError(
         f"no task has the columns {', '.join(sorted(found)) or '(none)'}; wanted one of: {', '.join(wanted)}",
