@@ -7,7 +7,6 @@ filter: a sinc of ten zero crossings under a Kaiser window).
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,10 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelora.errors import DataError, MachineError, ModelError
+from edgelora.errors import DataError, MachineError
+from edgelora.preprocessor import read_preprocessor
 from edgelora.spectrogram import Wave, hann, kaldi_features, povey, whisper_features
 
-PREPROCESSOR = "preprocessor_config.json"
 KINDS = {
     "Wav2Vec2FeatureExtractor": "wave",
     "WhisperFeatureExtractor": "whisper",
@@ -50,13 +49,7 @@ class AudioProcessor:
     @classmethod
     def from_folder(cls, folder: Path) -> AudioProcessor:
         """Read a folder in Hugging Face layout. Raises ModelError where there is no usable preprocessor_config.json."""
-        path = folder / PREPROCESSOR
-        try:
-            return cls.from_config(json.loads(path.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            raise ModelError(f"{folder} has no {PREPROCESSOR}", hint="save the model's feature extractor beside it") from None
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ModelError(f"{path} cannot be used: {type(error).__name__}: {error}") from None
+        return read_preprocessor(folder, "feature_extractor", cls.from_config)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> AudioProcessor:
@@ -143,12 +136,17 @@ def open_sound(path: Path) -> tuple[Wave, int]:
                 raise DataError(f"{path.name} has {seconds:.0f} seconds; at most {MOST_SECONDS} are read")
             channels = file.read(dtype="float32", always_2d=True)
     except (RuntimeError, OSError, ValueError, TypeError) as error:
-        raise DataError(f"{path.name} cannot be read as sound: {reason(error)}") from None
+        raise DataError(f"{shown(path)} cannot be read as sound: {reason(error)}") from None
     if not len(channels):
-        raise DataError(f"{path.name} has no sound in it: 0 samples")
+        raise DataError(f"{shown(path)} has no sound in it: 0 samples")
     if not np.isfinite(channels).all():
         raise DataError(f"{path.name} has samples that are no numbers")
     return np.ascontiguousarray(channels.mean(axis=1)), rate
+
+
+def shown(path: Path) -> str:
+    """Return a file's name with its folder's: names such as 1.wav stand in the folder of every label."""
+    return "/".join(path.parts[-2:])
 
 
 def reason(error: Exception) -> str:

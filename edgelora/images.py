@@ -6,7 +6,6 @@ by their EXIF orientation.
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from collections.abc import Mapping
@@ -17,9 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelora.errors import DataError, MachineError, ModelError
+from edgelora.errors import DataError, MachineError
+from edgelora.preprocessor import read_preprocessor
 
-PREPROCESSOR = "preprocessor_config.json"
 BILINEAR = 2  # Pillow's number
 SMALL_CONVNEXT = 384  # pixels from which ConvNeXt's processor does not crop
 MOST_PIXELS = 200_000_000
@@ -43,13 +42,7 @@ class ImageProcessor:
     @classmethod
     def from_folder(cls, folder: Path) -> ImageProcessor:
         """Read a folder in Hugging Face layout. Raises ModelError where there is no usable preprocessor_config.json."""
-        path = folder / PREPROCESSOR
-        try:
-            return cls.from_config(json.loads(path.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            raise ModelError(f"{folder} has no {PREPROCESSOR}", hint="save the model's image processor beside it") from None
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ModelError(f"{path} cannot be used: {type(error).__name__}: {error}") from None
+        return read_preprocessor(folder, "image_processor", cls.from_config)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> ImageProcessor:
@@ -182,4 +175,5 @@ def open_picture(path: str | Path, *, colours: bool = True) -> Any:
         raise DataError(f"{path} does not exist") from None
     except (OSError, ValueError, SyntaxError, TypeError, Image.DecompressionBombError) as error:
         reason = "it is no picture that Pillow reads" if type(error).__name__ == "UnidentifiedImageError" else str(error)
-        raise DataError(f"{path.name} cannot be read: {reason or type(error).__name__}") from None
+        name = "/".join(path.parts[-2:])  # names such as 1.png stand in the folder of every label
+        raise DataError(f"{name} cannot be read: {reason or type(error).__name__}") from None

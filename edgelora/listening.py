@@ -52,7 +52,10 @@ class Listening:
         """Raises ModelError for a folder without a feature extractor of a fixed window, or without tokenizer.json."""
         audio = AudioProcessor.from_folder(folder)
         if audio.window is None:
-            raise ModelError(f"{folder} is for sounds of any length; speech recognition is with Whisper")
+            raise ModelError(
+                f"{folder} is for sounds of any length; speech recognition is with Whisper",
+                hint="--task speech-recognition-ctc is for wav2vec2 and its kind",
+            )
         writing = Transcribing.from_folder(folder)
         assert isinstance(writing, Transcribing)
         return cls(audio, writing)

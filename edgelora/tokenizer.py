@@ -270,7 +270,8 @@ def read_config(path: Path) -> dict[str, Any]:
 def length_limit(config: dict[str, Any]) -> int:
     """Return the most tokens that the model of a config.json can read."""
     text = config.get("text_config", config)
-    positions = next((int(text[key]) for key in ("max_position_embeddings", "n_positions") if text.get(key)), 1024)
+    known = {"clip": 77, "siglip": 64}.get(str(config.get("model_type")), 1024)  # where config.json leaves the default out
+    positions = next((int(text[key]) for key in ("max_position_embeddings", "n_positions") if text.get(key)), known)
     # The RoBERTa family numbers positions from pad_token_id + 1.
     offset = int(text.get("pad_token_id") or 0) + 1 if "roberta" in str(text.get("model_type")) else 0
     return positions - offset

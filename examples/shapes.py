@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Draw the example pictures: discs and squares on a plain ground, with their masks and with their boxes. Needs Pillow.
+"""Draw the example pictures: discs and squares on a plain ground, with masks, boxes and sentences. Needs Pillow.
 
 python examples/shapes.py
 """
@@ -38,12 +38,19 @@ def draw(chance: random.Random) -> tuple[Any, Any, list[dict[str, Any]]]:
     return picture, mask, objects
 
 
+def sentence(objects: list[dict[str, Any]]) -> str:
+    """Return what is on a picture, from left to right."""
+    sides = sorted((entry["box"][0] + entry["box"][2] / 2 > SIZE / 2, NAMES[entry["label"]]) for entry in objects)
+    return " and ".join(f"a {name} on the {('left', 'right')[side]}" for side, name in sides)
+
+
 def main() -> None:
     chance = random.Random(7)
     for split, count in ROWS.items():
         areas, boxes = HERE / "shape_areas" / split, HERE / "shape_boxes" / split
         for folder in (areas / "images", areas / "masks", boxes):
             folder.mkdir(parents=True, exist_ok=True)
+        lines: list[str] = []
         images: list[dict[str, Any]] = []
         found: list[dict[str, Any]] = []
         for number in range(count):
@@ -51,6 +58,7 @@ def main() -> None:
             picture.save(areas / "images" / f"{number}.png")
             mask.save(areas / "masks" / f"{number}.png")
             picture.save(boxes / f"{number}.png")
+            lines.append(json.dumps({"image": f"../shape_boxes/{split}/{number}.png", "text": sentence(objects)}) + "\n")
             images.append({"id": number, "file_name": f"{number}.png", "width": SIZE, "height": SIZE})
             for entry in objects:
                 area = entry["box"][2] * entry["box"][3]
@@ -59,6 +67,8 @@ def main() -> None:
         categories = [{"id": number, "name": name} for number, name in enumerate(NAMES)]
         content = {"images": images, "annotations": found, "categories": categories}
         (boxes / "boxes.json").write_text(json.dumps(content) + "\n", encoding="utf-8", newline="\n")
+        (HERE / "shape_sentences").mkdir(exist_ok=True)
+        (HERE / "shape_sentences" / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8", newline="\n")
         (areas / "classes.txt").write_text("ground\n" + "\n".join(NAMES) + "\n", encoding="utf-8", newline="\n")
 
 

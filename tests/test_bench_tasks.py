@@ -51,7 +51,7 @@ def faked(calls: list[list[str]]) -> Any:
             (out / "data").mkdir(parents=True)
         result: dict[str, Any] = {}
         if words[0] == "finetune" and out is not None:
-            (out / "data" / "train.jsonl").write_text("{}\n" * 7, encoding="utf-8")
+            (out / "data" / "prepared.json").write_text('{"rows": {"train": 7}}', encoding="utf-8")
             save_file({"a": torch.zeros(3, 4), "b": torch.zeros(5)}, out / "adapter_model.safetensors")
             result = FIGURES
         if words[0] == "evaluate":
@@ -97,15 +97,18 @@ def test_a_row_goes_the_whole_line_and_is_kept(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(line, "run", faked(calls))
     entry = replace(ENTRIES[0], rows=50)
     places, results = banking(tmp_path), Results(tmp_path / "results.json", MACHINE)
-    row = line.measure(entry, places, results, 2)
+    rows: list[dict[str, Any]] = []
+    line.measure(entry, places, results, 2, rows.append)
+    assert rows[0] == {**rows[1], "head": None}
+    row = rows[1]
     verbs = [words[0] for words in calls]
-    assert verbs == ["finetune", "finetune", "evaluate", "evaluate", "merge", "evaluate", "export", "evaluate", "bench"]
-    assert calls[1][calls[1].index("--target-modules") + 1] == "none"
+    assert verbs == ["finetune", "evaluate", "merge", "evaluate", "export", "evaluate", "bench", "finetune", "evaluate"]
+    assert calls[7][calls[7].index("--target-modules") + 1] == "none"
     assert all("--columns" in words for words in calls if words[0] in ("finetune", "evaluate"))
     assert [row[name] for name in ("base", "head", "adapter", "merged", "bundle")] == [0.02, 0.7, 0.9, 0.89, 0.88]
     assert (row["trained"], row["rows"], row["test_rows"], row["minutes"]) == (17, 7, 9, 1.5)
     results.part(f"{table.PART}{entry.name}", row)
-    line.measure(entry, places, Results(tmp_path / "results.json", MACHINE), 2)
+    line.measure(entry, places, Results(tmp_path / "results.json", MACHINE), 2, rows.append)
     assert len(calls) == len(verbs)  # nothing is measured twice
     shown = table.shown(table.collected([tmp_path / "results.json"])[entry.name])
     assert (shown["peak MB"], shown["head only"], shown["ms"]) == ("500 (400)", "0.700", "3.2")
@@ -121,7 +124,7 @@ def test_a_command_that_fails_ends_the_row(tmp_path: Path, monkeypatch: pytest.M
     failed = Measured([], 2, 1.0, 0.0, 0.0, None, 0.0, "error: no such file", {})
     monkeypatch.setattr(line, "run", lambda *_, **__: failed)
     with pytest.raises(line.Failed, match="edgelora finetune: error: no such file"):
-        line.measure(ENTRIES[0], banking(tmp_path), Results(tmp_path / "results.json", MACHINE), 2)
+        line.measure(ENTRIES[0], banking(tmp_path), Results(tmp_path / "results.json", MACHINE), 2, print)
 
 
 def test_wrong_inputs_name_tasks_that_exist_and_can_be_made(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_every_verb_has_json_quiet_and_a_help_for_each_option(verb: click.Comman
         (["merge", "-o", "x"], "nothing to merge: neither a RUN nor --adapter", "edgelora merge RUN -o MERGED"),
         (
             ["run", "b", "--input", "a.jsonl"],
-            "a file of rows takes --input and --output and neither INPUT nor --save",
+            "a file of rows takes --input and --output, and no INPUT, --save or --labels",
             "edgelora run b --input rows.jsonl --output answers.jsonl",
         ),
     ],

@@ -97,7 +97,7 @@ def test_damaged_annotations_are_listed(rows: Path) -> None:
     (rows / "annotations" / "2.xml").write_text('<!DOCTYPE a [<!ENTITY x "y">]><annotation/>')
     (rows / "images" / "3.png").unlink()
     lines = scan(str(rows), task=None, columns=None, valid=None).problems.lines()
-    assert [line.partition(": ")[0] for line in lines] == ["rows, line 2", "rows, line 3", "rows, line 4"]
+    assert [line.partition(": ")[0] for line in lines] == ["rows, file 2", "rows, file 3", "rows, file 4"]
     assert "1.xml cannot be read as VOC" in lines[0]
     assert "defines entities" in lines[1]
     assert "has no picture named 3" in lines[2]

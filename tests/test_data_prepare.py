@@ -132,7 +132,7 @@ def test_labels_of_mixed_types_and_a_single_label_are_refused(model: Path, tmp_p
         ([{"prompt": "a", "label": "b"}], {"task": "text-classification"},
          "text-classification wants the columns text and text_pair and label, or text and label; DATA has prompt, label"),
         ([], {}, "rows.jsonl has no rows"),
-        ([{"text": "a"}] * 3, {}, "DATA has no rows to spare for validation"),
+        ([{"text": "a"}] * 3, {}, "DATA has no rows to spare for validation: all are the same"),
     ],
 )  # fmt: skip
 def test_data_that_does_not_fit_as_a_whole(

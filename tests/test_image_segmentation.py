@@ -174,8 +174,8 @@ def test_pictures_without_a_mask_are_listed(tmp_path: Path) -> None:
     (folder / "masks" / "2.png").write_bytes(b"no picture")
     lines = scan(str(folder), task="image-segmentation", columns=None, valid=None).problems.lines()
     assert lines == [
-        'rows, line 2: "mask" is missing',
-        "rows, line 3: 2.png cannot be read: it is no picture that Pillow reads",
+        'rows, file 2: "mask" is missing',
+        "rows, file 3: images/2.png cannot be read: it is no picture that Pillow reads",
     ]
 
 

@@ -23,7 +23,7 @@ from edgelora.models.source import open_model
 from edgelora.models.window import shorten
 from edgelora.run.answer import run
 from edgelora.tasks import get_task
-from edgelora.tasks.automatic_speech_recognition import plain
+from edgelora.tasks.transcripts import plain
 from edgelora.train.finetune import finetune
 
 soundfile = pytest.importorskip("soundfile")

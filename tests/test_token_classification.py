@@ -143,9 +143,19 @@ def test_scores_are_seqevals_own() -> None:
     assert span_scores([["O"]], [["O"]])["f1"] == 0.0
 
 
-@pytest.mark.parametrize("family", ["bert", "deberta-v2", "modernbert"])
+def save_tagger(folder: Path, family: str, labels: int) -> Path:
+    """Save a random encoder or decoder that tags."""
+    if family in tiny.ENCODERS:
+        return tiny.save_encoder(folder, family, labels=labels, auto_class="AutoModelForTokenClassification")
+    name, differs = tiny.DECODERS[family]
+    special = {"bos_token_id": 262, "eos_token_id": 256, "pad_token_id": 260}
+    config = getattr(transformers, name)(**{**tiny.LLAMA_SHAPE, **special, **differs, "num_labels": labels})
+    return tiny._save(folder, "AutoModelForTokenClassification", config, 0)
+
+
+@pytest.mark.parametrize("family", ["bert", "deberta-v2", "modernbert", "llama", "qwen2"])
 def test_the_loss_is_that_of_transformers(family: str, tmp_path: Path) -> None:
-    folder = tiny.save_encoder(tmp_path / "model", family, labels=len(LABELS), auto_class="AutoModelForTokenClassification")
+    folder = save_tagger(tmp_path / "model", family, len(LABELS))
     task, tokenizer = TASK, Tokenizer.from_folder(folder)
     model = load_model(open_model(str(folder)), task.name, base_bits=32).eval()
     theirs = transformers.AutoModelForTokenClassification.from_pretrained(folder).eval()
@@ -155,9 +165,9 @@ def test_the_loss_is_that_of_transformers(family: str, tmp_path: Path) -> None:
     assert count == int((batch["labels"] >= 0).sum())
 
 
-@pytest.mark.parametrize("family", ["deberta-v2", "modernbert"])
+@pytest.mark.parametrize("family", ["deberta-v2", "modernbert", "llama", "qwen2"])
 def test_the_graph_tags_as_torch_does(family: str, tmp_path: Path) -> None:
-    folder = tiny.save_encoder(tmp_path / "model", family, labels=3, auto_class="AutoModelForTokenClassification")
+    folder = save_tagger(tmp_path / "model", family, 3)
     export(str(folder), tmp_path / "bundle", precision="fp32")
     theirs = transformers.AutoModelForTokenClassification.from_pretrained(folder).eval()
     classifier = Classifier(load(tmp_path / "bundle").bundle)

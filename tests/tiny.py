@@ -246,3 +246,15 @@ def save_sounds(folder: Path, rows: int = 24, rate: int = 8000) -> Path:
         (folder / label).mkdir(parents=True, exist_ok=True)
         soundfile.write(folder / label / f"{number}.wav", wave, rate)
     return folder
+
+
+LETTERS = ("<pad>", "<s>", "</s>", "<unk>", "|", *"DGHILOSTUW'")
+
+
+def save_speller(folder: Path, family: str = "wav2vec2", *, seed: int = 0, **overrides: Any) -> Path:
+    """Save a random network with a CTC head over LETTERS and the files of its tokenizer."""
+    save_speech(folder, family, head="CTC", seed=seed, vocab_size=len(LETTERS), pad_token_id=0, **overrides)
+    (folder / "vocab.json").write_text(json.dumps({letter: number for number, letter in enumerate(LETTERS)}), encoding="utf-8")
+    config = {"tokenizer_class": "Wav2Vec2CTCTokenizer", "pad_token": "<pad>", "word_delimiter_token": "|"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder

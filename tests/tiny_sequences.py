@@ -75,3 +75,23 @@ def _tensors(folder: Path) -> dict[str, Any]:
 
     found: dict[str, Any] = load_file(folder / "model.safetensors")
     return found
+
+
+def save_captioner(folder: Path, decoder: str = "bert", seed: int = 0) -> Path:
+    """Save a random encoder-decoder of a ViT and a decoder, narrower than the ViT, with attention over what it sees."""
+    import transformers
+
+    encoder = transformers.ViTConfig(**tiny.VISION["vit"][1])
+    shape = {"vocab_size": tiny.VOCAB, "pad_token_id": 260, "bos_token_id": 262, "eos_token_id": 256}
+    if decoder == "bert":
+        other = transformers.BertConfig(**{**tiny.BERT_SHAPE, **shape}, is_decoder=True, add_cross_attention=True)
+    else:
+        other = transformers.TrOCRConfig(
+            **shape, d_model=24, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48, max_position_embeddings=66,
+            cross_attention_hidden_size=32,
+        )  # fmt: skip
+    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(encoder, other)
+    config.decoder_start_token_id, config.pad_token_id, config.eos_token_id = 262, 260, 256
+    tiny._save(folder, "AutoModelForImageTextToText", config, seed)
+    (folder / "preprocessor_config.json").write_text(json.dumps(tiny.PREPROCESSOR), encoding="utf-8")
+    return folder

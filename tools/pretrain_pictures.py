@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Train a small network of a family from scratch: the base to adapt where no pretrained weights are at hand.
 
-    python tools/pretrain_pictures.py scenes DATA --rows 400 --size 96 [--masks]
+    python tools/pretrain_pictures.py scenes DATA --rows 400 --size 96 [--masks | --sentences]
     python tools/pretrain_pictures.py train unet DATA OUT --size 96 --minutes 3
 
-`scenes` draws discs, squares and triangles on noise, with their boxes (rows.jsonl) or masks. `train` writes a folder in Hugging
-Face layout. A figure for a network that was made so says so.
+`scenes` draws discs, squares and triangles on noise, with their boxes or a sentence (rows.jsonl), or masks. `train` writes a
+folder in Hugging Face layout. A figure for a network that was made so says so.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +64,18 @@ def scene(random: Any, size: int) -> tuple[Any, Any, list[dict[str, Any]]]:
     return pixels.clip(0, 255).astype(np.uint8), classes, objects
 
 
-def write_scenes(folder: Path, count: int, size: int, *, masks: bool) -> None:
+def sentence(objects: list[dict[str, Any]]) -> str:
+    """Return how many shapes of each kind there are: "one disc and three squares"."""
+    counts = {kind: sum(entry["label"] == kind for entry in objects) for kind in KINDS}
+    words = ("", "one", "two", "three", "four", "five", "six")
+    return " and ".join(f"{words[n]} {kind}{'s' * (n > 1)}" for kind, n in counts.items() if n) or "nothing"
+
+
+def write_scenes(folder: Path, count: int, size: int, *, masks: bool, sentences: bool, seed: int) -> None:
     import numpy as np
     from PIL import Image
 
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(seed)
     (folder / "images").mkdir(parents=True)
     (folder / "masks").mkdir() if masks else None
     lines = []
@@ -76,7 +84,8 @@ def write_scenes(folder: Path, count: int, size: int, *, masks: bool) -> None:
         Image.fromarray(pixels).save(folder / "images" / f"{number}.png")
         if masks:
             Image.fromarray(classes).save(folder / "masks" / f"{number}.png")
-        lines.append(json.dumps({"image": f"images/{number}.png", "objects": objects}))
+        wanted: dict[str, Any] = {"text": sentence(objects)} if sentences else {"objects": objects}
+        lines.append(json.dumps({"image": f"images/{number}.png", **wanted}))
     if masks:
         (folder / "classes.txt").write_text("\n".join(("ground", *KINDS)) + "\n", encoding="utf-8")
     else:
@@ -84,7 +93,6 @@ def write_scenes(folder: Path, count: int, size: int, *, masks: bool) -> None:
 
 
 def train(family: str, data: str, out: Path, size: int, minutes: float, batch_size: int, rate: float) -> None:
-    import numpy as np
     import torch
     import transformers
 
@@ -107,11 +115,29 @@ def train(family: str, data: str, out: Path, size: int, minutes: float, batch_si
     network = getattr(transformers, task.auto_class).from_config(config).train()
     model = Network(network, (), [output.name for output in task.outputs])
     rows = [task.encode(found.located(path, row), processor, found.labels) for path, _, row in found.rows("train")]
+
+    def loss_of(numbers: Any) -> tuple[Any, int]:
+        loss, items = task.loss(model, to_tensors(task.collate([rows[i] for i in numbers], processor)))
+        return loss, int(items)
+
+    descend(network, loss_of, len(rows), minutes, batch_size, rate)
+    network.eval().save_pretrained(out)
+    (out / "preprocessor_config.json").write_text(json.dumps(preprocessor), encoding="utf-8")
+
+
+def descend(
+    network: Any, loss_of: Callable[[Any], tuple[Any, int]], rows: int, minutes: float, batch_size: int, rate: float
+) -> None:
+    """Train a network for so many minutes; loss_of: numbers of rows → the loss of these, and what it sums."""
+    import numpy as np
+    import torch
+
     optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=1e-2)
-    random, started, step, shown = np.random.default_rng(0), time.monotonic(), 0, 0.0
-    while (share := (time.monotonic() - started) / (60 * minutes)) < 1:
-        batch = to_tensors(task.collate([rows[i] for i in random.choice(len(rows), batch_size)], processor))
-        loss, items = task.loss(model, batch)
+    random, step, shown = np.random.default_rng(0), 0, 0.0
+    # Of the processors: what others do meanwhile takes nothing away.
+    started, allowed = time.process_time(), 60 * minutes * torch.get_num_threads()
+    while (share := (time.process_time() - started) / allowed) < 1:
+        loss, items = loss_of(random.choice(rows, batch_size))
         (loss / items).backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         for group in optimizer.param_groups:
@@ -121,8 +147,6 @@ def train(family: str, data: str, out: Path, size: int, minutes: float, batch_si
         step, shown = step + 1, 0.95 * shown + 0.05 * float(loss.detach()) / items
         if step % 50 == 0:
             print(f"step {step}, {share:.0%} of the time: loss {shown:.4f}", flush=True)
-    network.eval().save_pretrained(out)
-    (out / "preprocessor_config.json").write_text(json.dumps(preprocessor), encoding="utf-8")
 
 
 def main() -> None:
@@ -132,6 +156,8 @@ def main() -> None:
     drawn.add_argument("data", type=Path)
     drawn.add_argument("--rows", type=int, default=400)
     drawn.add_argument("--masks", action="store_true")
+    drawn.add_argument("--sentences", action="store_true")
+    drawn.add_argument("--seed", type=int, default=0)
     trained.add_argument("family", choices=FAMILIES)
     trained.add_argument("data")
     trained.add_argument("out", type=Path)
@@ -142,7 +168,7 @@ def main() -> None:
         verb.add_argument("--size", type=int, default=96)
     given = parser.parse_args()
     if given.verb == "scenes":
-        write_scenes(given.data, given.rows, given.size, masks=given.masks)
+        write_scenes(given.data, given.rows, given.size, masks=given.masks, sentences=given.sentences, seed=given.seed)
     else:
         train(given.family, given.data, given.out, given.size, given.minutes, given.batch_size, given.learning_rate)
 

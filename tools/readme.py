@@ -82,7 +82,8 @@ def measured_tasks() -> str:
         return "Run `./tools/bench_tasks`, as below: it prints the table of your machine and keeps it as JSON."
     notes = [f"- `{row['name']}`: {row['note']}" for row in found["rows"] if row["note"]]
     tables = [markdown_table(table) for table in readme_tasks.tables(found["rows"])]
-    return "\n\n".join([f"As `./tools/bench_tasks` measured it on {found['machine']}:", *tables, "\n".join(notes)]).rstrip()
+    head = f"As `./tools/bench_tasks` measured it on {found['machine']}; {readme_tasks.circumstances(found['rows'])}:"
+    return "\n\n".join([head, *tables, "\n".join(notes)]).rstrip()
 
 
 def session() -> str:

@@ -11,6 +11,7 @@ from readme_training import describe
 
 Row = dict[str, Any]
 PART = "tasks/"  # what the benchmark calls a row's part of its file
+BUSY = 0.15  # share of the processors
 SCORES = ("base", "head", "adapter", "merged", "bundle")
 
 
@@ -40,6 +41,13 @@ def row_of(name: str, part: Row) -> Row:
     rounded = {key: round(part[key], 3) for key in SCORES if part[key] is not None}
     small = {key: round(part[key], 1) for key in ("minutes", "peak_mb", "predicted_mb", "ms")}
     return {"name": name.removeprefix(PART), **part, **rounded, **small}
+
+
+def circumstances(rows: list[Row]) -> str:
+    """Return on how many threads, and what else the machine did: its minutes and milliseconds are no better than that."""
+    threads, busy = sorted({row["threads"] for row in rows}), max(row["others_busy"] for row in rows)
+    text = " or ".join(map(str, threads)) + (" thread" if threads == [1] else " threads")
+    return text + (f", other work on up to {busy:.0%} of the processors: times are upper limits" if busy > BUSY else "")
 
 
 def tables(rows: list[Row]) -> list[list[Row]]:

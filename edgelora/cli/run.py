@@ -30,12 +30,14 @@ FILES = "--input rows.jsonl --output answers.jsonl"
     type=click.Path(path_type=Path),
     help="Picture to write: INPUT with areas or boxes drawn on it. A folder for several.",
 )
+@click.option("--labels", metavar="TEXT,…", help="Texts to rank for a picture. Default: those of the training rows.")
 @click.option("--threads", type=click.IntRange(1), help="CPU threads. Default: the physical cores.")
 @click.option("--overwrite", is_flag=True, help="Replace the file of --output.")
 @setting_options(GenerateConfig)
 def run(
     bundle: Path, inputs: tuple[str, ...], input_file: Path | None, output_file: Path | None, config_file: Path | None,
-    columns: dict[str, str] | None, adapter: str | None, save: Path | None, threads: int | None, overwrite: bool, **given: Any,
+    columns: dict[str, str] | None, adapter: str | None, save: Path | None, labels: str | None, threads: int | None,
+    overwrite: bool, **given: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Use a bundle: one answer or label for each INPUT.
 
@@ -46,6 +48,7 @@ def run(
     edgelora run bundle --adapter lights "turn the kitchen light off"
     edgelora run bundle --input rows.jsonl --output answers.jsonl
     edgelora run bundle --save marked.png photo.jpg
+    edgelora run bundle --labels "a cat,a dog" photo.jpg
     """
     config = build_config(GenerateConfig(), config_file, given)
     if input_file is None and output_file is None:
@@ -53,10 +56,11 @@ def run(
 
         texts = [sys.stdin.read().rstrip("\n") if text == "-" else text for text in inputs]
         write = functools.partial(console.write, end="")
-        return answer(bundle, texts, config, threads=threads, adapter=adapter, write=write, save=save)
-    if input_file is None or output_file is None or inputs or save:
+        ranked = [text.strip() for text in labels.split(",")] if labels else None
+        return answer(bundle, texts, config, threads=threads, adapter=adapter, write=write, save=save, labels=ranked)
+    if input_file is None or output_file is None or inputs or save or labels:
         raise SettingsError(
-            "a file of rows takes --input and --output and neither INPUT nor --save", hint=f"edgelora run {bundle} {FILES}"
+            "a file of rows takes --input and --output, and no INPUT, --save or --labels", hint=f"edgelora run {bundle} {FILES}"
         )
     from edgelora.run.batch import run_file
 

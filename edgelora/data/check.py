@@ -32,7 +32,8 @@ class Problems:
         self.found.append((place, line, text, path))
 
     def lines(self) -> list[str]:
-        return [f"{path.name}, line {line}: {text}" for _, line, text, path in sorted(self.found, key=lambda entry: entry[:3])]
+        found = sorted(self.found, key=lambda entry: entry[:3])
+        return [f"{path.name}, {'file' if path.is_dir() else 'line'} {line}: {text}" for _, line, text, path in found]
 
     def refuse(self, data: str) -> None:
         """Raise DataError with every problem, if there is one."""
@@ -101,7 +102,7 @@ def scan(data: str, *, task: str | None, columns: Mapping[str, str] | None, vali
         raise DataError(f"{data} has no rows")
     if "valid" not in files:
         split_train(result, names["train"], share)
-    if chosen.has_labels:
+    if chosen.has_labels or chosen.keeps_labels:
         check_labels(result, names)
     return result
 
@@ -130,7 +131,8 @@ def split_train(result: Scan, names: list[tuple[str, ...]], share: float | None)
     hashes = result.hashes["train"]
     result.valid = choose_valid([hashes[i] for i in good], [labels[i] for i in good], share) if good else set()
     if good and not result.valid and not result.problems.found:
-        raise DataError(f"{result.data} has no rows to spare for validation", hint="give another file with --valid FILE")
+        why = "no label has two different ones" if any(labels) else "all are the same"
+        raise DataError(f"{result.data} has no rows to spare for validation: {why}", hint="give another file with --valid FILE")
 
 
 def check_labels(result: Scan, names: dict[str, list[tuple[str, ...]]]) -> None:
@@ -147,7 +149,7 @@ def check_labels(result: Scan, names: dict[str, list[tuple[str, ...]]]) -> None:
     result.labels = result.task.labels(counts["train"])
     known = set(result.labels)
     result.label_counts = counts
-    if not known and not result.problems.found:
+    if not known and not counts["train"] and not result.problems.found:
         raise DataError(f"no row of {result.data} has a label to learn")
     if 0 < len(known) < result.task.fewest_labels and not result.problems.found:
         raise DataError(f'every row of {result.data} has the label "{result.labels[0]}"; at least two are needed')

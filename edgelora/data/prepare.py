@@ -26,7 +26,9 @@ from edgelora.data.check import Scan, scan
 from edgelora.data.store import Store, StoreWriter
 from edgelora.errors import DataError, EdgeLoRAError, FolderError, Interrupted, MachineError
 from edgelora.folder import disk_errors, refuse_existing, write_json
+from edgelora.tasks import get_task
 from edgelora.tasks.base import Row
+from edgelora.tokenizer import read_config
 
 PREPARED = "prepared.json"
 TEXTS = ("valid", "test")
@@ -144,6 +146,7 @@ def write_stores(data: str, processor_folder: Path, out: Path, config: FinetuneC
     with console.progress("reading rows"):
         found = scan(data, task=config.task, columns=config.columns, valid=config.valid)
     out.mkdir(parents=True, exist_ok=True)
+    found.task = get_task(found.task.for_model(read_config(processor_folder / "config.json")))
     processor = found.task.open_processor(processor_folder)
     writer = Writer(found, processor, out, max_length, truncate=config.truncate)
     with writer, console.progress("encoding", sum(map(len, found.hashes.values()))) as bar:

@@ -33,7 +33,7 @@ def attention(
 
     attention_mask comes from `mask`: int32 `[B, S]`, 1 for real keys, or fp32 `[B, 1, S, S]` that is added to the scores.
     """
-    refuse_groups(module, query, key)
+    key, value = (of_all_heads(x, query.shape[1]) for x in (key, value))
     return attend(query, [in_rows(key), in_rows(value)], attention_mask, options)
 
 
@@ -48,6 +48,14 @@ def cached_attention(
 def refuse_groups(module: nn.Module, query: Tensor, key: Tensor) -> None:
     if key.shape[1] != query.shape[1]:
         raise ModelError(f"the grouped attention of {type(module).__name__} is not known to the export")
+
+
+def of_all_heads(x: Tensor, heads: int) -> Tensor:
+    """Return keys or values `[B, groups, S, D]` with those of a group for each of its query heads, `[B, heads, S, D]`."""
+    batch, groups, length, head_dim = x.shape
+    if groups == heads:
+        return x
+    return x[:, :, None].expand(batch, groups, heads // groups, length, head_dim).reshape(batch, heads, length, head_dim)
 
 
 def in_rows(x: Tensor) -> Tensor:

@@ -129,9 +129,11 @@ def write_tokenizer(folder: Path, facts: BundleFacts) -> None:
         source = facts.source / name
         if source.is_file():
             (folder / name).write_bytes(source.read_bytes())
-    if not (facts.source / "tokenizer.json").is_file():
-        return
     config = read_json(facts.source / "tokenizer_config.json")
+    if not (facts.source / "tokenizer.json").is_file():
+        if config:  # of single letters: transformers' own class reads vocab.json
+            write_json(folder / "tokenizer_config.json", config)
+        return
     config = {key: value for key, value in config.items() if key not in TRANSFORMERS_5_KEYS}
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     config["model_input_names"] = [n for n in ("input_ids", "token_type_ids", "attention_mask") if n in facts.inputs]

@@ -7,9 +7,12 @@ becomes a function that emits one `MultiHeadAttention`: no pattern has to be fou
 
 from __future__ import annotations
 
+import builtins
 import inspect
 import logging
+import sys
 import warnings
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -84,7 +87,7 @@ def trace(
     least = {name: size for tensor in wanted for name, size in tensor.smallest.items()}
     sizes = sizes or {name: number + least.get(name, 2) for number, name in enumerate(axes)}
     dynamic = tuple({i: Dim.DYNAMIC for i, size in enumerate(tensor.shape) if isinstance(size, str)} for tensor in wanted)
-    with quiet():
+    with quiet(), lengths_traced(module):
         try:
             program = torch.onnx.export(
                 module, examples(wanted, sizes), dynamo=True, opset_version=OPSET, verbose=False,
@@ -198,13 +201,16 @@ def fill_from(model: nn.Module, checkpoint: MergedCheckpoint, skip: Collection[s
 
 
 def rename(model: ir.Model) -> ir.Model:
-    """Name initializers as the merged folder does, and MatMulNBits nodes after their layer."""
+    """Name initializers as the merged folder does, and MatMulNBits nodes after their layer, numbered where it is used again."""
     for name in list(model.graph.initializers):
         if name.startswith(WRAPPER):
             model.graph.initializers[name].name = name.removeprefix(WRAPPER)
+    uses: Counter[str] = Counter()
     for node in model.graph:
         if node.op_type == "MatMulNBits":
-            node.name = f"{layer_of(node)}/MatMulNBits"
+            layer = layer_of(node)
+            uses[layer] += 1
+            node.name = f"{layer}/MatMulNBits" + (f"_{uses[layer]}" if uses[layer] > 1 else "")
     return model
 
 
@@ -221,6 +227,21 @@ def matmul_nodes(model: ir.Model) -> dict[str, dict[str, Any]]:
             facts = {name: node.attributes[name].as_int() for name in ("bits", "block_size", "accuracy_level")}
             nodes[str(node.name)] = {"rows": {layer_of(node): [0, node.attributes["N"].as_int()]}, **facts}
     return nodes
+
+
+@contextmanager
+def lengths_traced(network: nn.Module) -> Iterator[None]:
+    """Let `len` of a tensor be its symbolic size in the files of transformers that a network's classes come from: Python's own
+    must be a number, and fixes the batch (RT-DETR's `len(source_flatten)`)."""
+    names = {type(module).__module__ for module in network.modules()}
+    files = [sys.modules[name] for name in names if name.startswith("transformers.models.")]
+    for file in files:
+        file.__dict__["len"] = lambda found: found.shape[0] if isinstance(found, Tensor) else builtins.len(found)
+    try:
+        yield
+    finally:
+        for file in files:
+            del file.__dict__["len"]
 
 
 @contextmanager

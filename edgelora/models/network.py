@@ -19,14 +19,14 @@ from edgelora.models.build import build_network, label_tensors
 from edgelora.models.convolution import FrozenBatchNorm, FrozenConv, can_freeze
 from edgelora.models.linear import FrozenEmbedding, FrozenLinear, FrozenWeight
 from edgelora.models.names import Renamings
-from edgelora.models.parts import Parts
+from edgelora.models.parts import Parts, within_attention
 from edgelora.models.recompute import Calls, Keeping, Shelf
 from edgelora.models.source import ModelSource
 from edgelora.models.speech import stop_at_waveform
 from edgelora.tasks.base import Task
 
 BATCH_NORM = ("weight", "bias", "running_mean", "running_var")
-WORD_EMBEDDINGS = ("word_embeddings", "tok_embeddings", "embed_tokens")
+WORD_EMBEDDINGS = ("word_embeddings", "tok_embeddings", "embed_tokens", "token_embedding")
 
 
 class Network(nn.Module):
@@ -191,6 +191,8 @@ def network_sections(network: Any, source: ModelSource, parts: Parts, bits: int,
         name = f"{path}.weight"
         if path in skip or parts.in_head(path) or name not in names or source.shape(name) != tuple(module.weight.shape):
             continue
+        if within_attention(module):
+            continue
         if isinstance(module, nn.Linear):
             number = re.search(r"\.\d+\.", path)
             layers.setdefault(number[0] if number else "", []).append(path)
@@ -230,7 +232,7 @@ def fill(
             problems += [
                 f"{name}: shape {list(source.shape(name))}, config.json asks for {list(own[name].shape)}" for name in wrong
             ]
-        elif isinstance(module, nn.Linear) and not in_head:
+        elif isinstance(module, nn.Linear) and not in_head and not within_attention(module):
             bias = source.read(f"{path}.bias") if module.bias is not None else None
             _replace(network, path, FrozenLinear.from_weight(path, source.read_linear(path), bias, bits, block_size))
         elif not in_head and (frozen := _frozen_form(path, module, source, names)) is not None:

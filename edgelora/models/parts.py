@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
 if TYPE_CHECKING:
     from edgelora.tasks.base import Task
 
@@ -34,3 +36,9 @@ class Parts:
             if not known and self.in_head(path) and next(module.parameters(), None) is not None:
                 found.append(path)
         return found
+
+
+def within_attention(module: Any) -> bool:
+    """Tell whether a linear layer is one whose weight torch's nn.MultiheadAttention reads itself (SigLIP's pooling): it can be
+    neither quantized nor adapted."""
+    return isinstance(module, NonDynamicallyQuantizableLinear)

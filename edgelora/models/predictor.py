@@ -140,7 +140,8 @@ class TorchPredictor:
             batch = to_tensors(self.collate([examples[i] for i in numbers]))
             found = self.model.outputs(**self.model.inputs_of(batch))
             for name in names or self.model.output_names:
-                for number, array in zip(numbers, found[name].float().numpy(), strict=True):
+                # An example alone may have more of one output than of another: several texts and one picture
+                for number, array in zip(numbers, found[name].float().numpy(), strict=False):
                     rows[number][name] = array
         return rows
 

@@ -19,6 +19,7 @@ from edgelora.models.base_layout import Section, own_bits
 from edgelora.models.build import build_network
 from edgelora.models.head import Head
 from edgelora.models.linear import FrozenWeight
+from edgelora.models.names import Renamings
 from edgelora.models.network import Network, fill, network_sections
 from edgelora.models.parts import Parts
 from edgelora.models.source import ModelSource
@@ -110,6 +111,8 @@ def stack(side: nn.Module) -> list[nn.Module]:
 def build_seq2seq(config: dict[str, Any], auto_class: str) -> Any:
     """Return transformers' encoder-decoder of a config.json: parameters on the meta device, all else real."""
     network = build_network(config, auto_class)
+    if getattr(network.get_encoder(), "pooler", None) is not None:
+        network.get_encoder().pooler = None  # made for the first place, which no decoder asks for
     network.tie_weights()
     compute_positions(network)
     return network
@@ -123,6 +126,7 @@ def load_seq2seq(
     Raises ModelError for a model type that has no such class, and for missing or misshapen tensors, all at once.
     """
     network = build_seq2seq(source.config, task.auto_class)
+    source = Renamings.of(network).fit(source)
     found = tables(network)
     own = [Section(tables=tuple(table.path for table in found))]
     sections = own + network_sections(network, source, Parts(), base_bits, skip={path for t in found for path in t.modules})
@@ -141,6 +145,7 @@ def load_seq2seq(
 def read_head(source: ModelSource, task: Task) -> Head:
     """Return the LM head as its source has it, without the rest of the model."""
     network = build_seq2seq(source.config, task.auto_class)
+    source = Renamings.of(network).fit(source)
     table = next(table for table in tables(network) if table.head is not None)
     return find_head(network, source, {table.path: FrozenWeight(source.read_linear(table.path))})
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from edgelora.quant.grid import QuantizedTensor
 
 PACKED = (torch.uint8, torch.int8, torch.int32)
+PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 
 @dataclass(frozen=True)
@@ -176,9 +177,11 @@ def _open_folder(path: Path, reference: str, license_name: str | None, trust_rem
 
 
 def reads_no_text(path: Path) -> bool:
-    """Tell whether a model's folder has a preprocessor of pictures or sound and no tokenizer in any form."""
+    """Tell whether a model's folder has a preprocessor of pictures or sound and no tokenizer but single letters."""
+    if (path / "vocab.json").is_file() and not (path / "merges.txt").is_file():
+        return any((path / name).is_file() for name in PREPROCESSORS)
     vocabularies = ("tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
-    return (path / "preprocessor_config.json").is_file() and not any((path / name).is_file() for name in vocabularies)
+    return any((path / name).is_file() for name in PREPROCESSORS) and not any((path / name).is_file() for name in vocabularies)
 
 
 def _with_tokenizer(path: Path, mark: str) -> Path:

@@ -10,7 +10,7 @@ import torch
 from edgelora.errors import ModelError
 from edgelora.models.layout import decoder_shapes
 from edgelora.models.names import Renamings
-from edgelora.models.parts import Parts
+from edgelora.models.parts import Parts, within_attention
 from edgelora.models.spec import DecoderSpec
 from edgelora.tasks import TASKS, get_task
 from edgelora.tasks.base import Task
@@ -47,7 +47,8 @@ def guess_task(config: dict[str, Any]) -> str:
     heads = {name: head for name, head in heads.items() if head}  # a base alone could be for anything
     for architecture in config.get("architectures") or []:
         for name, head in heads.items():
-            if get_task(name).writes and class_of(config, get_task(name).auto_class) == architecture:
+            task, named = get_task(name), "For" in architecture  # CLIPModel says nothing of what it is for
+            if (task.writes or not named) and class_of(config, task.auto_class) == architecture:
                 return name
             if architecture.endswith((head, "LMHeadModel") if name == GENERATION else head):
                 return name
@@ -100,7 +101,11 @@ def network_layout(config: dict[str, Any], task: Task) -> Layout:
     parts = Parts.of(model, task)
     words = word_embedding(model)
     modules = dict(model.named_modules())
-    linears = tuple(p for p, module in modules.items() if isinstance(module, torch.nn.Linear) and not parts.in_head(p))
+    linears = tuple(
+        path
+        for path, module in modules.items()
+        if isinstance(module, torch.nn.Linear) and not parts.in_head(path) and not within_attention(module)
+    )
     embeddings = tuple(path for path, module in modules.items() if module is words)
     quantized = {f"{path}.weight" for path in (*linears, *embeddings)}
     counters = ".num_batches_tracked"  # of batch norm: nothing reads it once training is over
@@ -126,13 +131,15 @@ def seq2seq_layout(config: dict[str, Any], auto_class: str) -> Layout:
         name for name in model.state_dict() if name not in apart and (name in shared or name in dict(model.named_buffers()))
     ]
     tied = next((table.head for table in found if table.head not in (None, table.path)), None)
-    return Layout(linears, embeddings, tuple(plain), Parts(), architecture=type(model).__name__, tied_head=tied)
+    kind = type(model).__name__
+    return Layout(linears, embeddings, tuple(plain), Parts(), Renamings.of(model), architecture=kind, tied_head=tied)
 
 
 def word_embedding(model: Any) -> torch.nn.Module | None:
     """Return the table that tokens are looked up in; None of a network that reads no tokens."""
+    reader = getattr(model, "text_model", model)
     try:
-        table = model.get_input_embeddings()
+        table = reader.get_input_embeddings()
     except NotImplementedError:
         return None
     return table if isinstance(table, torch.nn.Embedding) else None

@@ -26,13 +26,14 @@ def network_shape(source: ModelSource, task: Task) -> ModelShape:
     """
     from edgelora.models.build import build_network
     from edgelora.models.network import Network
-    from edgelora.models.parts import Parts
+    from edgelora.models.parts import Parts, within_attention
 
     network = build_network(source.config, task.auto_class).eval()
     processor = task.open_processor(source.folder)
     example = task.trial_examples(processor)[:1]
     wanted = [tensor.name for tensor in task.inputs(source.config, inspect.signature(network.forward).parameters)]
-    batch = {name: torch.from_numpy(task.collate(example, processor)[name]) for name in wanted}
+    # Of a mask the values would be looked at, which are nowhere
+    batch = {name: torch.from_numpy(task.collate(example, processor)[name]) for name in wanted if name != "attention_mask"}
     if "pixel_mask" in inspect.signature(network.forward).parameters:  # whose values are looked at
         seen = count(network._apply(lambda tensor: torch.zeros_like(tensor, device="cpu") if tensor.is_meta else tensor), batch)
     else:
@@ -44,7 +45,7 @@ def network_shape(source: ModelSource, task: Task) -> ModelShape:
     weighted = [
         (path, module.weight.shape[0], module.weight[0].numel())
         for path, module in inside.items()
-        if isinstance(module, WEIGHTED)
+        if isinstance(module, WEIGHTED) and not within_attention(module)
     ]
     widest = max(seen.values()) // length
     kept = sum(seen.values()) // length // layers

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from edgelora.config import GenerateConfig
-from edgelora.errors import UserError
+from edgelora.errors import SettingsError, UserError
 from edgelora.folder import disk_errors
 from edgelora.run.model import Model, Prompt, load
 from edgelora.tasks import get_task
@@ -25,10 +25,13 @@ def run(
     adapter: str | None = None,
     write: Callable[[str], None] | None = None,
     save: Path | None = None,
+    labels: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Return {"output": …, "task": …}: one output for one input, a list for several.
 
     save: where the one input, a picture, is written with its answer drawn on it; of several a folder ("saved" lists them).
+
+    labels: texts to rank for a picture, of a task that does so.
 
     A text for a decoder; for a classifier [{"label": …, "probability": …}, …], the most probable first. `write` is given
     the text that people see, in pieces as it is made.
@@ -37,6 +40,10 @@ def run(
         raise UserError("no input was given", hint=f'edgelora run {bundle} "some text"')
     model = load(bundle, threads=threads, adapter=adapter)
     rows: Sequence[Any] = inputs if model.task == "text-generation" else model.answerer.task.asked_rows(inputs)
+    if labels is not None:
+        if model.task == "text-generation" or "labels" not in model.answerer.task.asked:
+            raise SettingsError(f"--labels is for tasks that rank texts; this bundle is for {model.task}")
+        rows = [{**row, "labels": list(labels)} for row in rows]
     outputs = [run_one(model, row, config, write) for row in rows]
     result = {"task": model.task, "output": outputs[0] if len(outputs) == 1 else outputs}
     return result if save is None else {**result, "saved": save_drawn(model, inputs, outputs, save)}

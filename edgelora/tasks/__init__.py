@@ -23,8 +23,11 @@ TASKS = {
     "image-classification": "edgelora.tasks.image_classification:ImageClassification",
     "image-segmentation": "edgelora.tasks.image_segmentation:ImageSegmentation",
     "object-detection": "edgelora.tasks.object_detection:ObjectDetection",
+    "zero-shot-image-classification": "edgelora.tasks.zero_shot_image_classification:ZeroShotImageClassification",
+    "image-to-text": "edgelora.tasks.image_to_text:ImageToText",
     "audio-classification": "edgelora.tasks.audio_classification:AudioClassification",
     "automatic-speech-recognition": "edgelora.tasks.automatic_speech_recognition:SpeechRecognition",
+    "speech-recognition-ctc": "edgelora.tasks.speech_recognition_ctc:SpeechRecognitionCTC",
 }
 
 

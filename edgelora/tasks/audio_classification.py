@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from edgelora.audio import AudioProcessor
 from edgelora.tasks.base import Column, Example, GraphTensor, Row
-from edgelora.tasks.classified import Classification
+from edgelora.tasks.classified import Classification, probability_table
 from edgelora.tasks.sounds import (
     UNIT,
     cut_sound,
@@ -28,8 +28,6 @@ from edgelora.tasks.sounds import (
     sound_shown,
     trial_waves,
 )  # fmt: skip
-
-BEST = 5
 
 
 class AudioClassification(Classification):
@@ -82,9 +80,7 @@ class AudioClassification(Classification):
         return {**processor.batch([example.arrays["wave"] for example in examples]), "labels": labels}
 
     def answer_text(self, answer: Any) -> str:
-        """Return a table of the best labels."""
-        width = max(len(entry["label"]) for entry in answer[:BEST])
-        return "\n".join(f"{entry['label']:<{width}}  {entry['probability']:6.1%}" for entry in answer[:BEST])
+        return probability_table(answer)
 
     def show(self, example: Example, processor: AudioProcessor, labels: Sequence[str] = ()) -> str:
         from rich.markup import escape

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelora.errors import DataError, MachineError
+from edgelora.errors import DataError
 from edgelora.listening import Listening
 from edgelora.tasks.base import TRIAL_TEXTS, Column, Example, GraphTensor, Metrics, Row
 from edgelora.tasks.rows import text_problems
 from edgelora.tasks.sequences import Written
 from edgelora.tasks.sounds import sound_inputs, sound_problems, sound_shown, trial_waves
+from edgelora.tasks.transcripts import error_rates
 from edgelora.writing import Writing
 
 POSITION = 320  # samples of one of the encoder's positions: two frames of 10 ms
@@ -41,6 +42,10 @@ class SpeechRecognition(Written):
     families = "Whisper"
     metrics = ("loss", "wer", "cer")
     written_metric = "wer"
+
+    def for_model(self, config: Mapping[str, Any]) -> str:
+        """Networks on waveforms have a CTC head; Whisper reads spectrograms."""
+        return "speech-recognition-ctc" if "conv_kernel" in config else self.name
 
     def open_processor(self, folder: Path) -> Listening:
         return Listening.from_folder(folder)
@@ -84,22 +89,10 @@ class SpeechRecognition(Written):
         return examples
 
     def score(self, outputs: Sequence[str], references: Sequence[str]) -> Metrics:
-        """Return word and character error rates by jiwer, of texts without case and punctuation."""
-        try:
-            import jiwer
-        except ImportError:
-            raise MachineError("error rates need jiwer", hint='pip install "edgelora[train]"') from None
-        said, wanted = ([plain(text) for text in texts] for texts in (outputs, references))
-        return {"wer": float(jiwer.wer(wanted, said)), "cer": float(jiwer.cer(wanted, said))}
+        return error_rates(outputs, references)
 
     def show(self, example: Example, processor: Listening, labels: Sequence[str] = ()) -> str:
         from rich.markup import escape
 
         target = escape(processor.writing.target.decode(example.arrays["target"].tolist(), skip_special_tokens=False))
         return f"{sound_shown(example)} → [bold green]⟦{target}⟧[/bold green]"
-
-
-def plain(text: str) -> str:
-    """Return a text in small letters, words and figures only; as it is where nothing else is in it."""
-    kept = "".join(letter if letter.isalnum() or letter == "'" else " " for letter in text.casefold())
-    return " ".join(kept.split()) or text.strip() or " "

@@ -140,6 +140,8 @@ class Task(ABC):
     batch_size: ClassVar[int] = 8
     epochs: ClassVar[float] = 3.0
     has_labels: ClassVar[bool] = False
+    keeps_labels: ClassVar[bool] = False
+    """Whether labels of training rows are kept for answers by a network that has none of its own."""
     config: ClassVar[Mapping[str, Any]] = {}
     """What config.json says of the task beside its labels."""
     fewest_labels: ClassVar[int] = 2
@@ -151,6 +153,10 @@ class Task(ABC):
     def matches(self, columns: set[str]) -> bool:
         """Tell whether rows with these columns can be this task's."""
         return any(columns.issuperset(shape) for shape in self.shapes)
+
+    def for_model(self, config: Mapping[str, Any]) -> str:
+        """Return the task that rows of this one are with the model of a config.json: itself, or one with the same columns."""
+        return self.name
 
     @abstractmethod
     def normalize(self, row: Row) -> Row:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 TOP = 3  # labels shown to people; JSON has all of them
+BEST = 5  # those in a table
 
 
 class Classification(Task):
@@ -113,6 +114,12 @@ def ranked(logits: NDArray[Any], labels: Sequence[str]) -> list[tuple[str, float
     """Return (label, probability) of one example's logits [labels], the most probable first."""
     probabilities = np.exp(log_softmax(logits.astype(np.float64)[None])[0])
     return [(labels[index], float(probabilities[index])) for index in np.argsort(-probabilities, kind="stable")]
+
+
+def probability_table(answer: Sequence[Mapping[str, Any]]) -> str:
+    """Return the best of [{"label", "probability"}], one on a line."""
+    width = max(len(entry["label"]) for entry in answer[:BEST])
+    return "\n".join(f"{entry['label']:<{width}}  {entry['probability']:6.1%}" for entry in answer[:BEST])
 
 
 def log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from edgelora.tasks.classified import log_softmax
 
 if TYPE_CHECKING:
     import tokenizers
+    import torch
 
 
 def places_of(encoding: tokenizers.Encoding, context: str) -> NDArray[np.int32]:
@@ -31,6 +33,16 @@ def covered(places: NDArray[np.int32], start: int, end: int) -> tuple[int, int]:
     """Return the first and the last token that have a part of these characters; (0, 0) where none has."""
     tokens = ((places[:, 1] > start) & (places[:, 0] < end) & (places[:, 0] >= 0)).nonzero()[0]
     return (int(tokens[0]), int(tokens[-1])) if len(tokens) else (0, 0)
+
+
+def context_arrays(encoding: tokenizers.Encoding, context: str, answer: tuple[int, str] | None) -> dict[str, NDArray[Any]]:
+    """Return ids int32 [T], types uint8 [T], places int32 [T, 2] (a token's characters of the context, or -1), and start and
+    end int32 []: the tokens of the answer, 0 without one."""
+    places = places_of(encoding, context)
+    start, end = covered(places, answer[0], answer[0] + len(answer[1])) if answer else (0, 0)
+    numbers = {name: np.array(value, np.int32) for name, value in (("start", start), ("end", end))}
+    types = np.array(encoding.type_ids, dtype=np.uint8)
+    return {"ids": np.array(encoding.ids, dtype=np.int32), "types": types, "places": places, **numbers}
 
 
 def cut(example: Example, length: int, overlap: int) -> list[Example]:
@@ -76,3 +88,46 @@ def ends_loss(outputs: Sequence[Mapping[str, NDArray[Any]]], windows: Sequence[E
         start, end = log_ends(said, window)
         losses.append(-(start[int(window.arrays["start"])] + end[int(window.arrays["end"])]) / 2)
     return float(np.mean(losses))
+
+
+def ends_nll(outputs: Mapping[str, torch.Tensor], batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return the mean of both ends' cross-entropies, summed over windows, over the tokens that are no padding."""
+    import torch
+
+    total = torch.zeros(())
+    for name in ("start", "end"):
+        logits_BS = outputs[f"{name}_logits"].float().masked_fill(batch["attention_mask"] == 0, float("-inf"))
+        total = total + torch.nn.functional.cross_entropy(logits_BS, batch[f"labels_{name}"], reduction="sum") / 2
+    return total
+
+
+def context_problems(example: Example, max_length: int) -> list[str]:
+    """Return what is wrong with a question and its context as tokens."""
+    places = example.arrays["places"][:, 0]
+    if not (places >= 0).any():
+        return ["the tokenizer finds nothing in the context"]
+    around = int((places < 0).sum())
+    return [f"the question has {around} tokens, which leaves none of {max_length} to the context"] * (around >= max_length)
+
+
+def written_answers(
+    outputs: Sequence[Mapping[str, NDArray[Any]]], parts: Sequence[Sequence[Example]], contexts: Sequence[str]
+) -> list[str]:
+    """Return the answer to each question from the outputs of all their windows, in order: "" where there is none."""
+    left = iter(outputs)
+    chosen = [answer_in(list(islice(left, len(windows))), windows).place for windows in parts]
+    return [context[slice(*place)] if place else "" for context, place in zip(contexts, chosen, strict=True)]
+
+
+def answer_of(found: Found, context: str) -> dict[str, Any]:
+    """Return {"answer", "start", "end", "probability", "context"}: "" and None where there is no answer."""
+    start, end = found.place or (None, None)
+    text = context[start:end] if found.place else ""
+    return {"answer": text, "start": start, "end": end, "probability": found.probability, "context": context}
+
+
+def answer_mask(example: Example) -> NDArray[np.uint8]:
+    """Return 1 for the tokens [T] of the answer, or for the first where there is none."""
+    mask = np.zeros(len(example), dtype=np.uint8)
+    mask[int(example.arrays["start"]) : int(example.arrays["end"]) + 1] = 1
+    return mask

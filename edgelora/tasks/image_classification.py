@@ -15,10 +15,8 @@ from numpy.typing import NDArray
 
 from edgelora.images import ImageProcessor
 from edgelora.tasks.base import Column, Example, Metrics, Row
-from edgelora.tasks.classified import Classification, report
+from edgelora.tasks.classified import BEST, Classification, probability_table, report
 from edgelora.tasks.pictures import Pictures, trial_pictures
-
-BEST = 5
 
 
 class ImageClassification(Pictures, Classification):
@@ -64,9 +62,7 @@ class ImageClassification(Pictures, Classification):
         return found
 
     def answer_text(self, answer: Any) -> str:
-        """Return a table of the best labels."""
-        width = max(len(entry["label"]) for entry in answer[:BEST])
-        return "\n".join(f"{entry['label']:<{width}}  {entry['probability']:6.1%}" for entry in answer[:BEST])
+        return probability_table(answer)
 
     def show(self, example: Example, processor: ImageProcessor, labels: Sequence[str] = ()) -> str:
         from rich.markup import escape

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from edgelora.images import ImageProcessor
 from edgelora.tasks.base import Example, GraphTensor, Row, Task
-from edgelora.tasks.rows import text_problems
+from edgelora.tasks.rows import path_problems
 
 PATCH = 16  # pixels
 TRACED = {"height": 64, "width": 64}  # large enough to be halved some times
@@ -30,8 +30,7 @@ class Pictures(Task):
 
     def file_problems(self, row: Row) -> list[str]:
         """Return what is wrong with the columns that hold a path."""
-        problems = text_problems(row, self.file_columns)
-        return problems or [f"{row[name]} does not exist" for name in self.file_columns if not Path(row[name]).is_file()]
+        return path_problems(row, self.file_columns)
 
     def inputs(self, config: Mapping[str, Any], accepted: Collection[str]) -> tuple[GraphTensor, ...]:
         """A vision transformer has an embedding for each place of its image_size, TensorFlow's padding depends on the size; a

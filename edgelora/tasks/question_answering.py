@@ -9,20 +9,19 @@ Graph outputs: start_logits, end_logits [B, S] fp32.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgelora.errors import DataError
+from edgelora.tasks import contexts
 from edgelora.tasks.answers import answer_problems, answer_scores, answers_of
 from edgelora.tasks.base import TRIAL_TEXTS, Column, Example, GraphTensor, Metrics, Predictor, Row, Task
-from edgelora.tasks.contexts import answer_in, covered, cut, ends_loss, places_of
 from edgelora.tasks.generated import marked as targets_marked
 from edgelora.tasks.rows import parse_json_cells, text_problems
 from edgelora.tasks.spans import marked
-from edgelora.tasks.texts import padded, text_inputs
+from edgelora.tasks.texts import AXES, padded, text_inputs
 from edgelora.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -30,7 +29,6 @@ if TYPE_CHECKING:
 
 WINDOW = 384  # tokens, as BERT's own run on SQuAD
 OVERLAP = 128
-AXES = ("batch_size", "sequence_length")
 
 
 class QuestionAnswering(Task):
@@ -82,28 +80,19 @@ class QuestionAnswering(Task):
         return text_inputs(config, accepted)
 
     def encode(self, row: Row, processor: Tokenizer, labels: Sequence[str]) -> Example:
-        """Return ids int32 [T], types uint8 [T], places int32 [T, 2] (a token's characters of the context, or -1), and start
-        and end int32 []: the tokens of the first answer, 0 without one."""
+        """Return what `context_arrays` has of the first answer."""
         encoding = processor.encode_offsets(row["question"], row["context"])
-        places = places_of(encoding, row["context"])
-        first = answers_of(row)[:1] if "answers" in row else []
-        start, end = covered(places, first[0][0], first[0][0] + len(first[0][1])) if first else (0, 0)
-        numbers = {name: np.array(value, np.int32) for name, value in (("start", start), ("end", end))}
-        types = np.array(encoding.type_ids, dtype=np.uint8)
-        return Example({"ids": np.array(encoding.ids, dtype=np.int32), "types": types, "places": places, **numbers})
+        answer = next(iter(answers_of(row)), None) if "answers" in row else None
+        return Example(contexts.context_arrays(encoding, row["context"], answer))
 
     def truncate(self, example: Example, max_length: int) -> Example:
         return example
 
     def example_problems(self, example: Example, max_length: int) -> list[str]:
-        places = example.arrays["places"][:, 0]
-        if not (places >= 0).any():
-            return ["the tokenizer finds nothing in the context"]
-        around = int((places < 0).sum())
-        return [f"the question has {around} tokens, which leaves none of {max_length} to the context"] * (around >= max_length)
+        return contexts.context_problems(example, max_length)
 
     def windows(self, example: Example, max_length: int) -> list[Example]:
-        return cut(example, min(WINDOW, max_length), OVERLAP)
+        return contexts.cut(example, min(WINDOW, max_length), OVERLAP)
 
     def pieces(self, row: Row, processor: Tokenizer, labels: Sequence[str], max_length: int) -> list[Example]:
         example = self.encode({name: row[name] for name in self.asked}, processor, labels)
@@ -123,31 +112,21 @@ class QuestionAnswering(Task):
         return batch
 
     def loss(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
-        """Return the mean of both ends' cross-entropies, over the tokens that are no padding."""
-        import torch
-
-        outputs = model.outputs(**{name: tensor for name, tensor in batch.items() if not name.startswith("labels")})
-        total = torch.zeros(())
-        for name in ("start", "end"):
-            logits_BS = outputs[f"{name}_logits"].float().masked_fill(batch["attention_mask"] == 0, float("-inf"))
-            total = total + torch.nn.functional.cross_entropy(logits_BS, batch[f"labels_{name}"], reduction="sum") / 2
-        return total, len(batch["input_ids"])
+        inputs = {name: tensor for name, tensor in batch.items() if not name.startswith("labels")}
+        return contexts.ends_nll(model.outputs(**inputs), batch), len(batch["input_ids"])
 
     def evaluate(
         self, predictor: Predictor, rows: Sequence[Row], examples: Sequence[Example], processor: Tokenizer,
         labels: Sequence[str], *, generate: bool,
     ) -> Metrics:  # fmt: skip
         """Return loss (nats per window), and SQuAD's scores where rows have their text."""
-        limit = min(WINDOW, processor.positions or WINDOW)
-        parts = [self.windows(example, limit) for example in examples]
+        parts = [self.windows(example, processor.positions or WINDOW) for example in examples]
         flat = [window for windows in parts for window in windows]
         said = predictor.outputs(flat)
-        loss = {"loss": ends_loss(said, flat)}
+        loss = {"loss": contexts.ends_loss(said, flat)}
         if not all("context" in row for row in rows):
             return loss
-        left = iter(said)
-        chosen = [answer_in(list(islice(left, len(windows))), windows).place for windows in parts]
-        found = [row["context"][slice(*place)] if place else "" for row, place in zip(rows, chosen, strict=True)]
+        found = contexts.written_answers(said, parts, [row["context"] for row in rows])
         return loss | answer_scores(found, [[text for _, text in answers_of(row)] for row in rows])
 
     def compared(self, outputs: Mapping[str, NDArray[np.float32]], example: Example) -> NDArray[np.float32]:
@@ -159,10 +138,7 @@ class QuestionAnswering(Task):
         labels: Sequence[str],
     ) -> dict[str, Any]:  # fmt: skip
         """Return {"answer", "start", "end", "probability", "context"}: "" and null where there is no answer."""
-        found = answer_in(outputs, examples)
-        start, end = found.place or (None, None)
-        text = row["context"][start:end] if found.place else ""
-        return {"answer": text, "start": start, "end": end, "probability": found.probability, "context": row["context"]}
+        return contexts.answer_of(contexts.answer_in(outputs, examples), row["context"])
 
     def answer_text(self, answer: Any) -> str:
         if answer["start"] is None:
@@ -171,6 +147,4 @@ class QuestionAnswering(Task):
         return f"{answer['answer']}\n  {marked(answer['context'], [place])}"
 
     def show(self, example: Example, processor: Tokenizer, labels: Sequence[str] = ()) -> str:
-        mask = np.zeros(len(example), dtype=np.uint8)
-        mask[int(example.arrays["start"]) : int(example.arrays["end"]) + 1] = 1
-        return targets_marked(example.arrays["ids"], mask, processor)
+        return targets_marked(example.arrays["ids"], contexts.answer_mask(example), processor)

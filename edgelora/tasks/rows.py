@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -35,6 +36,12 @@ def text_problems(row: Row, names: Iterable[str]) -> list[str]:
         elif not row[name].strip():
             problems.append(f'"{name}" is empty')
     return problems
+
+
+def path_problems(row: Row, names: Iterable[str]) -> list[str]:
+    """Return what is wrong with columns that must hold the path of a file."""
+    names = list(names)
+    return text_problems(row, names) or [f"{row[name]} does not exist" for name in names if not Path(row[name]).is_file()]
 
 
 def json_row(text: str, columns: Iterable[str]) -> Row | None:

@@ -7,7 +7,6 @@ everything to a window (Whisper, AST) it is the window's.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 
 from edgelora.audio import AudioProcessor
 from edgelora.tasks.base import Example, GraphTensor, Row
-from edgelora.tasks.rows import text_problems
+from edgelora.tasks.rows import path_problems
 
 TENTHS = 10  # of a second
 UNIT = "tenths of a second"
@@ -25,10 +24,7 @@ TRACED = 4000  # samples, or frames of a spectrogram, of the inputs that a graph
 
 def sound_problems(row: Row) -> list[str]:
     """Return what is wrong with a row's `audio`."""
-    problems = text_problems(row, ("audio",))
-    if not problems and not Path(row["audio"]).is_file():
-        problems.append(f"{row['audio']} does not exist")
-    return problems
+    return path_problems(row, ("audio",))
 
 
 def sound_inputs(config: Mapping[str, Any], accepted: Collection[str]) -> tuple[GraphTensor, ...]:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from edgelora.errors import MachineError
-from edgelora.tasks.base import Metrics
-from edgelora.tasks.spans import Range, Span
+from edgelora.tasks.base import Example, Metrics
+from edgelora.tasks.classified import log_softmax
+from edgelora.tasks.spans import Range, Span, spans_of_tags
 
 
 def tags_of_spans(spans: Iterable[Span], words: Sequence[Range]) -> list[str]:
@@ -57,3 +62,31 @@ def span_scores(truth: list[list[str]], found: list[list[str]]) -> Metrics:
         "accuracy": sum(right) / len(right),
         "report": {name: row for name, row in numbers.items() if not name.endswith(" avg")},
     }
+
+
+def word_scores(outputs: Sequence[Mapping[str, NDArray[Any]]], examples: Sequence[Example], labels: Sequence[str]) -> Metrics:
+    """Return loss (nats per word), and what seqeval says of the likeliest tags of the words."""
+    truth, found, losses = [], [], []
+    for example, said in zip(examples, outputs, strict=True):
+        places = (example.arrays["tags"] >= 0).nonzero()[0]
+        scores = log_softmax(said["logits"][places].astype(np.float64))
+        tags = example.arrays["tags"][places]
+        losses.append(-scores[np.arange(len(tags)), tags])
+        truth.append([labels[number] for number in tags])
+        found.append([labels[number] for number in scores.argmax(axis=1)])
+    return {"loss": float(np.concatenate(losses).mean()), **span_scores(truth, found)}
+
+
+def found_spans(logits: NDArray[Any], places: NDArray[np.int32], text: str, labels: Sequence[str]) -> list[dict[str, Any]]:
+    """Return [{"label", "start", "end", "text", "probability"}] of logits [T, labels]; places [T, 2]: the characters of
+    the word that begins at a token, or -1. The probability is the mean of the words'."""
+    begins = (places[:, 0] >= 0).nonzero()[0]
+    scores = log_softmax(logits[begins].astype(np.float64))
+    words = [(int(start), int(end)) for start, end in places[begins]]
+    best = np.exp(scores.max(axis=1))
+    spans = []
+    for start, end, label in spans_of_tags([labels[number] for number in scores.argmax(axis=1)], words):
+        sure = best[[start <= word[0] < end for word in words]].mean()
+        found = {"label": label, "start": start, "end": end, "text": text[start:end], "probability": float(sure)}
+        spans.append(found)
+    return spans

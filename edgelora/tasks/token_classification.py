@@ -1,5 +1,6 @@
-"""token-classification: an encoder tags the words of a text: names, slots, parts of speech. The answer is labelled spans.
+"""token-classification: the words of a text are tagged: names, slots, parts of speech. The answer is labelled spans.
 
+An encoder sees all of the text, a decoder what comes before a word.
 Columns: `tokens` and `tags` (CoNLL files have both), or `text` and `spans`.
 Batch and graph inputs: input_ids, attention_mask [B, S] int64; labels [B, S] int64 in training: of each word's first token,
 -100 elsewhere.
@@ -15,10 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelora.tasks.base import Column, Example, GraphTensor, Metrics, Predictor, Row, Task
-from edgelora.tasks.classified import log_softmax
 from edgelora.tasks.rows import parse_json_cells, text_problems
-from edgelora.tasks.spans import marked, span_problems, spans_of, spans_of_tags, text_of, token_problems
-from edgelora.tasks.tagged import first_tokens, span_scores, tags_of_spans
+from edgelora.tasks.spans import marked, span_problems, spans_of, text_of, token_problems
+from edgelora.tasks.tagged import first_tokens, found_spans, tags_of_spans, word_scores
 from edgelora.tasks.texts import cut_before_last, padded, text_inputs
 from edgelora.tokenizer import Tokenizer
 
@@ -40,7 +40,7 @@ class TokenClassification(Task):
     shapes = (("tokens", "tags"), ("text", "spans"))
     auto_class = "AutoModelForTokenClassification"
     outputs = (GraphTensor("logits", "float32", ("batch_size", "sequence_length", "num_labels")),)
-    families = "BERT, RoBERTa, DistilBERT, MiniLM, DeBERTa, ModernBERT"
+    families = "BERT, RoBERTa, DistilBERT, MiniLM, DeBERTa, ModernBERT, Llama, Mistral, Qwen2/3"
     asked = ("text", "tokens")
     metric = "f1"
     metrics = ("loss", "micro_precision", "micro_recall", "f1", "accuracy")
@@ -116,15 +116,7 @@ class TokenClassification(Task):
         labels: Sequence[str], *, generate: bool,
     ) -> Metrics:  # fmt: skip
         """Return loss (nats per word), and what seqeval says of the words' tags; `report` is per label of a span."""
-        truth, found, losses = [], [], []
-        for example, outputs in zip(examples, predictor.outputs(examples), strict=True):
-            places = (example.arrays["tags"] >= 0).nonzero()[0]
-            scores = log_softmax(outputs["logits"][places].astype(np.float64))
-            tags = example.arrays["tags"][places]
-            losses.append(-scores[np.arange(len(tags)), tags])
-            truth.append([labels[number] for number in tags])
-            found.append([labels[number] for number in scores.argmax(axis=1)])
-        return {"loss": float(np.concatenate(losses).mean()), **span_scores(truth, found)}
+        return word_scores(predictor.outputs(examples), examples, labels)
 
     def baseline(self, examples: Sequence[Example], labels: Sequence[str]) -> Metrics:
         """Return the metrics of finding no span."""
@@ -135,17 +127,8 @@ class TokenClassification(Task):
         self, outputs: Mapping[str, NDArray[Any]], row: Row, example: Example, processor: Tokenizer, labels: Sequence[str]
     ) -> dict[str, Any]:
         """Return {"text", "spans": [{"label", "start", "end", "text", "probability"}]}, the mean probability of the words."""
-        text, places = text_of(row)[0], example.arrays["places"]
-        begins = (places[:, 0] >= 0).nonzero()[0]
-        scores = log_softmax(outputs["logits"][begins].astype(np.float64))
-        words = [(int(start), int(end)) for start, end in places[begins]]
-        best = np.exp(scores.max(axis=1))
-        spans = []
-        for start, end, label in spans_of_tags([labels[number] for number in scores.argmax(axis=1)], words):
-            sure = best[[start <= word[0] < end for word in words]].mean()
-            found = {"label": label, "start": start, "end": end, "text": text[start:end], "probability": float(sure)}
-            spans.append(found)
-        return {"text": text, "spans": spans}
+        text = text_of(row)[0]
+        return {"text": text, "spans": found_spans(outputs["logits"], example.arrays["places"], text, labels)}
 
     def answer_text(self, answer: Any) -> str:
         notes = [(span["start"], span["end"], f"{span['label']} {span['probability']:.0%}") for span in answer["spans"]]

@@ -36,12 +36,19 @@ class Translation(TextToText):
         return super().normalize(row)
 
     def score(self, outputs: Sequence[str], references: Sequence[str]) -> Metrics:
-        """Return BLEU and chrF, 0 to 100, as sacrebleu computes them by default (arXiv 1804.08771; chrF2)."""
-        try:
-            import sacrebleu
-        except ImportError:
-            raise MachineError("BLEU and chrF need sacrebleu", hint='pip install "edgelora[train]"') from None
-        return {
-            "bleu": float(sacrebleu.corpus_bleu(list(outputs), [list(references)]).score),
-            "chrf": float(sacrebleu.corpus_chrf(list(outputs), [list(references)]).score),
-        }
+        return bleu_and_chrf(outputs, references)
+
+
+def bleu_and_chrf(outputs: Sequence[str], references: Sequence[str]) -> Metrics:
+    """Return BLEU and chrF, 0 to 100, as sacrebleu computes them by default (arXiv 1804.08771; chrF2).
+
+    Raises MachineError without it.
+    """
+    try:
+        import sacrebleu
+    except ImportError:
+        raise MachineError("BLEU and chrF need sacrebleu", hint='pip install "edgelora[train]"') from None
+    return {
+        "bleu": float(sacrebleu.corpus_bleu(list(outputs), [list(references)]).score),
+        "chrf": float(sacrebleu.corpus_chrf(list(outputs), [list(references)]).score),
+    }

@@ -12,6 +12,7 @@ row, --again measures it anew, and --show FILE… prints the table of files with
 from __future__ import annotations
 
 import argparse
+import functools
 import signal
 from pathlib import Path
 
@@ -68,10 +69,11 @@ def run(arguments: argparse.Namespace, results: Results) -> None:
             kept = results.content["runs"].items()
             results.content["runs"] = {name: run for name, run in kept if not name.startswith(f"{entry.name}/")}
             results.content["parts"].pop(part, None)
-        if part in results.content["parts"]:
+        known = results.content["parts"].get(part)
+        if known is not None and (known["head"] is not None or not entry.has_head):
             continue
         try:
-            results.part(part, measure(entry, places, results, arguments.threads))
+            measure(entry, places, results, arguments.threads, functools.partial(results.part, part))
         except (Missing, Failed) as problem:
             console.warn(f"{entry.name}: {problem}")
 

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,36 +76,40 @@ def flags(options: dict[str, Any]) -> list[str]:
     return [part for name, value in options.items() for part in ([f"--{name}"] if value is True else [f"--{name}", str(value)])]
 
 
-def measure(entry: Entry, places: Places, results: Results, threads: int) -> Record:
-    """Return the row of the table. Raises Missing for data that is not here, Failed for a command that fails."""
+def measure(entry: Entry, places: Places, results: Results, threads: int, keep: Callable[[Record], None]) -> None:
+    """Give `keep` the row of the table: without the head alone, which comes last, then with it.
+
+    Raises Missing for data that is not here, Failed for a command that fails.
+    """
     line = Line(entry, places, results, entry.prepare(places), threads)
     trained = line.finetune("run")
     figures = trained["result"]
-    if entry.has_head:
-        base = of_table(figures["table"], "base", entry.metric)
-        line.finetune("head", **HEAD_ALONE)
-        head: float | None = line.score("evaluate-head", line.folder("head"))
-    else:
-        base, head = line.score("evaluate-base", line.prepared.model), None
+    in_table = of_table(figures["table"], "base", entry.metric)
+    base = in_table if entry.has_head else line.score("evaluate-base", line.prepared.model)
     adapter = line.score("evaluate-run", line.folder("run"))
     line.command("merge", "merge", line.folder("run"), out="merged")
     merged = line.score("evaluate-merged", line.folder("merged"))
     exported = line.command("export", "export", line.folder("merged"), *flags(entry.export), out="bundle")
     bundle = line.score("evaluate-bundle", line.folder("bundle"))
     speed = line.command("bench", "bench", line.folder("bundle"), "--threads", threads)["result"]
-    return {
+    row = {
         "task": entry.task, "model": entry.model, "data": entry.data,
-        "rows": count(line.folder("run") / "data" / "train.jsonl"),
+        "rows": json.loads((line.folder("run") / "data" / "prepared.json").read_text(encoding="utf-8"))["rows"]["train"],
         "test_rows": results.content["runs"][f"{entry.name}/evaluate-bundle"]["result"]["rows"],
         "trained": trained_parameters(line.folder("run")),
+        "threads": threads, "others_busy": trained["others_busy"],
         "minutes": sum(figures["seconds"].values()) / 60,
         "peak_mb": trained["peak_rss_mb"], "predicted_mb": figures["predicted_peak_mb"],
-        "metric": entry.metric, "base": base, "head": head, "adapter": adapter, "merged": merged, "bundle": bundle,
+        "metric": entry.metric, "base": base, "head": None, "adapter": adapter, "merged": merged, "bundle": bundle,
         "precision": speed["precision"], "bundle_mb": speed["size_mb"],
         "ms": speed.get("ms_per_input") or 1000 / speed["decode_tokens_per_s"],
         "unit": "input" if speed.get("ms_per_input") else "token",
         "note": "; ".join(filter(None, [line.prepared.note, exported["result"].get("note", "")])),
     }  # fmt: skip
+    keep(row)
+    if entry.has_head:
+        line.finetune("head", **HEAD_ALONE)
+        keep({**row, "head": line.score("evaluate-head", line.folder("head"))})
 
 
 def of_table(table: list[Record], what: str, metric: str) -> float:
@@ -117,8 +122,3 @@ def trained_parameters(run_folder: Path) -> int:
     with (run_folder / "adapter_model.safetensors").open("rb") as file:
         header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
     return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-
-
-def count(path: Path) -> int:
-    with path.open("rb") as file:
-        return sum(1 for _ in file)

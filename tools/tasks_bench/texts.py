@@ -97,13 +97,14 @@ def read_restaurants(places: Places) -> list[tuple[str, list[tuple[str, int, int
 
 
 def spans(places: Places) -> Prepared:
-    rows = [
-        {
-            "text": text,
-            "spans": [{"start": start, "end": end, "label": slot} for slot, start, end in sorted(found, key=by_start)],
-        }
-        for text, found, _ in read_restaurants(places)
-    ]
+    """Slots with their places; of those that overlap ("in an hour" is a day and a time) the first one stays."""
+    rows = []
+    for text, found, _ in read_restaurants(places):
+        kept: list[Row] = []
+        for slot, start, end in sorted(found, key=by_start):
+            if not kept or start >= kept[-1]["end"]:
+                kept.append({"start": start, "end": end, "label": slot})
+        rows.append({"text": text, "spans": kept})
     return prepared(MINILM, places.work / "rows" / "restaurant-ner", split(rows, test=224, valid=80, train=-1))
 
 

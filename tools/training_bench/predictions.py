@@ -15,7 +15,7 @@ from training_bench.processes import Measured, python, run
 from training_bench.results import Record, Results, noted
 from training_bench.runs import Bench, Ours, finetune
 
-STEPS = 5
+STEPS = 10
 PEAK_TOLERANCE, TIME_TOLERANCE = 0.05, 0.15
 
 
