@@ -37,7 +37,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_scenes.save_objects(tmp_path_factory.mktemp("objects") / "rows")
 
 
-@pytest.mark.parametrize(("family", "precision"), [("yolos", "int8"), ("detr", "int8")])
+@pytest.mark.parametrize(("family", "precision"), [("yolos", "int8"), ("detr", "int8"), ("rt_detr", "int8")])
 def test_the_whole_line(family: str, precision: str, rows: Path, tmp_path: Path) -> None:
     from click.testing import CliRunner
 

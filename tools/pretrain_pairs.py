@@ -5,7 +5,8 @@
     python tools/pretrain_pairs.py captioner DATA OUT --size 64 --minutes 3     # columns image, caption (or text)
     python tools/pretrain_pairs.py wav2vec2 DATA OUT --minutes 3                # columns audio, text
 
-The folder is in Hugging Face layout, with a tokenizer of the rows' own words or letters. A figure for such a network says so.
+The folder is in Hugging Face layout, with a tokenizer of bytes, or of the letters of the rows. A figure for such a network says
+so.
 """
 
 from __future__ import annotations
@@ -27,21 +28,20 @@ HEARING = {
 }  # fmt: skip
 
 
-def write_words(texts: list[str], folder: Path) -> int:
-    """Write tokenizer.json of the words of texts, between <s> and </s>; return how many tokens there are."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+def write_bytes(folder: Path) -> int:
+    """Write tokenizer.json of single bytes, which any text has, between <s> and </s>; return how many tokens there are."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-    words = sorted({word for text in texts for word in text.split()})
-    known = {token: number for number, token in enumerate((*SPECIAL, *words))}
-    tokenizer = Tokenizer(models.WordLevel(known, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    letters = (*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(letters)}, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
     tokenizer.add_special_tokens(list(SPECIAL))
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>",
               "unk_token": "<unk>"}  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-    return len(known)
+    return len(letters)
 
 
 def write_letters(texts: list[str], folder: Path) -> int:
@@ -58,9 +58,9 @@ def make_config(family: str, vocabulary: int, size: int) -> Any:
     import transformers
 
     tokens = {"vocab_size": vocabulary, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    seeing = {**SIDE, "image_size": size, "patch_size": 8}
+    seeing = {**SIDE, "image_size": size, "patch_size": size // 8}
     if family == "clip":
-        reading = {**SIDE, **tokens, "max_position_embeddings": 32}
+        reading = {**SIDE, **tokens, "max_position_embeddings": 64}
         return transformers.CLIPConfig(text_config=reading, vision_config=seeing, projection_dim=64)
     if family == "captioner":
         writing = transformers.BertConfig(
@@ -100,7 +100,7 @@ def train(family: str, data: str, out: Path, size: int, minutes: float, batch_si
     rows = [found.located(path, row) for path, _, row in found.rows("train")]
     texts = [row.get("text") or row["caption"] for row in rows]
     out.mkdir(parents=True)
-    vocabulary = (write_letters if family == "wav2vec2" else write_words)(texts, out)
+    vocabulary = write_letters(texts, out) if family == "wav2vec2" else write_bytes(out)
     config = make_config(family, vocabulary, size)
     config.save_pretrained(out)
     pictures = {"size": {"height": size, "width": size}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2}

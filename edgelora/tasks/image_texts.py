@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,15 +11,15 @@ from numpy.typing import NDArray
 from edgelora.image_text import SIGMOID, ImageText
 from edgelora.tasks.base import Example, GraphTensor, Metrics, Predictor
 from edgelora.tasks.classified import log_softmax, ranked
+from edgelora.tasks.contrast import fitting, mark, outputs_of, own_pairs_loss, relevance
 from edgelora.tasks.ranked import retrieval_scores
 from edgelora.tasks.texts import cut_before_last
 
 if TYPE_CHECKING:
     import torch
 
-AT_ONCE = 256  # examples whose outputs are held
 PROBED = 32  # texts that the scale of the logits is read off
-NEVER = float("-inf")
+MARKS = ("labels_text", "labels_image")
 
 
 def pair_inputs(config: Mapping[str, Any]) -> tuple[GraphTensor, ...]:
@@ -52,37 +51,23 @@ def cut_texts(example: Example, max_length: int) -> Example:
 
 def marks(examples: Sequence[Example]) -> dict[str, NDArray[np.int64]]:
     """Return labels_text and labels_image [B], which tell texts apart, and pictures."""
-    names = {"labels_text": "tokens", "labels_image": "pixels"}
     return {
-        label: np.array([zlib.crc32(example.arrays[name].tobytes()) for example in examples], dtype=np.int64)
-        for label, name in names.items()
+        name: mark([example.arrays[own] for example in examples]) for name, own in zip(MARKS, ("tokens", "pixels"), strict=True)
     }
 
 
-def contrastive(logits_BB: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def contrastive(logits_BB: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Return CLIP's loss (arXiv 2103.00020, figure 3), summed: the mean of two cross-entropies, of each picture's own text
     among those of the batch and of each text's own picture. Other pairs of the same text or the same picture are left out."""
-    import torch
-
-    own = torch.arange(len(logits_BB))
-    others = same(batch) & (own[:, None] != own[None, :])
-    scores = logits_BB.masked_fill(others, NEVER)
-    there, back = (torch.nn.functional.cross_entropy(way, own, reduction="sum") for way in (scores, scores.T))
-    return (there + back) / 2
+    return own_pairs_loss(logits_BB, fitting(batch, MARKS), both=True)
 
 
-def pairwise(logits_BB: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def pairwise(logits_BB: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Return SigLIP's loss (arXiv 2303.15343, equation 1), summed over pairs: each fits or does not."""
     import torch
 
-    signs = 2.0 * same(batch).to(logits_BB.dtype) - 1.0
+    signs = 2.0 * fitting(batch, MARKS).to(logits_BB.dtype) - 1.0
     return -torch.nn.functional.logsigmoid(signs * logits_BB).sum()
-
-
-def same(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Tell for each pair of a batch, bool [B, B], whether its text or its picture is the same: a pair that fits."""
-    found = [batch[name][:, None] == batch[name][None, :] for name in ("labels_text", "labels_image")]
-    return found[0] | found[1]
 
 
 def retrieval(predictor: Predictor, examples: Sequence[Example], names: Sequence[str], processor: ImageText) -> Metrics:
@@ -90,21 +75,15 @@ def retrieval(predictor: Predictor, examples: Sequence[Example], names: Sequence
 
     accuracy is recall@1 of texts. names: what tells pictures apart. loss in nats per picture, over all of them.
     """
-    parts = [predictor.outputs(examples[start : start + AT_ONCE]) for start in range(0, len(examples), AT_ONCE)]
-    outputs = [said for part in parts for said in part]
     texts = [example.arrays["tokens"].tobytes() for example in examples]
-    columns = {text: number for number, text in enumerate(dict.fromkeys(texts))}
-    rows = {name: number for number, name in enumerate(dict.fromkeys(names))}
-    relevant = np.zeros((len(rows), len(columns)), dtype=bool)
-    pictures, sentences = ([said[name] for said in outputs] for name in ("image_embeds", "text_embeds"))
-    for text, name in zip(texts, names, strict=True):
-        relevant[rows[name], columns[text]] = True
-    images_ID = np.stack([pictures[list(names).index(name)] for name in rows]).astype(np.float64)
-    texts_TD = np.stack([sentences[texts.index(text)] for text in columns]).astype(np.float64)
+    rows, columns, relevant = relevance(names, texts)
+    images_ID = np.stack(outputs_of(predictor, [examples[row] for row in rows], "image_embeds"))
+    texts_TD = np.stack(outputs_of(predictor, [examples[column] for column in columns], "text_embeds"))
     cosines = images_ID @ texts_TD.T
-    some = [np.frombuffer(text, np.int32) for text in list(columns)[:PROBED]]
-    probe = predictor.outputs([Example({**examples[0].arrays, **text_arrays(some), "alone": np.array(1, np.uint8)})])[0]
-    logits = scaled(cosines, cosines[0, : len(some)], probe["logits_per_image"], bias=processor.sigmoid)
+    some = [np.frombuffer(texts[column], np.int32) for column in columns[:PROBED]]
+    probe = Example({**examples[rows[0]].arrays, **text_arrays(some), "alone": np.array(1, np.uint8)})
+    known = predictor.outputs([probe])[0]["logits_per_image"]
+    logits = scaled(cosines, cosines[0, : len(some)], known, bias=processor.sigmoid)
     there, back = retrieval_scores(cosines, relevant), retrieval_scores(cosines.T, relevant.T)
     found = {"accuracy": there.pop("recall@1"), **there, **{f"image_{name}": back[name] for name in back if name != "mrr"}}
     return {"loss": loss_of(logits, relevant, sigmoid=processor.sigmoid), **found}

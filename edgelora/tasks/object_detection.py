@@ -46,7 +46,7 @@ class ObjectDetection(Pictures):
     head_parts = ("class_embed", "bbox_embed", "enc_score_head", "enc_bbox_head", "denoising_class_embed")
     # DETR's queries begin as zero, so that all that its first layer attends to is the same.
     unused = tuple(f"decoder.layers.0.self_attn.{name}_proj" for name in "qkvo")
-    families = "YOLOS, DETR"
+    families = "YOLOS, DETR, RT-DETR"
     metric = "map"
     metrics = ("loss", "map", "map_50", "map_75")
     higher_is_better = True

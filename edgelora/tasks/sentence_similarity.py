@@ -8,7 +8,6 @@ Graph outputs: last_hidden_state [B, S, H], sentence_embedding [B, H] fp32, of l
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 
 from edgelora.tasks.base import TRIAL_TEXTS, Column, Example, GraphTensor, Metrics, Predictor, Row, Task
 from edgelora.tasks.classified import log_softmax
+from edgelora.tasks.contrast import fitting, mark, outputs_of, own_pairs_loss, relevance
 from edgelora.tasks.ranked import ASKED, asked_rankings, ranking, ranking_problems, ranking_text, retrieval_scores
 from edgelora.tasks.rows import json_row, text_problems
 from edgelora.tasks.texts import AXES, cut_before_last, padded, text_inputs
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 TEMPERATURE = 0.05
 PAIR = ("query", "item")
-AT_ONCE = 256  # texts whose outputs are held, those of each token too
 
 
 class SentenceSimilarity(Task):
@@ -83,8 +82,7 @@ class SentenceSimilarity(Task):
         return Example({**pair, "length": np.array(sum(map(len, pair.values())), dtype=np.int32)})
 
     def example_problems(self, example: Example, max_length: int) -> list[str]:
-        sizes = {name: len(example.arrays[name]) for name in PAIR}
-        over = ((name, size) for name, size in sizes.items() if size > max_length)
+        over = ((name, size) for name in PAIR if (size := len(example.arrays[name])) > max_length)
         return [f'"{name}" has {size} tokens, over the limit of {max_length}' for name, size in over]
 
     def pieces(self, row: Row, processor: Tokenizer, labels: Sequence[str], max_length: int) -> list[Example]:
@@ -101,37 +99,24 @@ class SentenceSimilarity(Task):
             return padded(examples, pad)
         texts = {name: [example.arrays[name] for example in examples] for name in PAIR}
         batch = padded([single(ids) for name in PAIR for ids in texts[name]], pad)
-        marks = {name: [zlib.crc32(ids.tobytes()) for ids in found] for name, found in texts.items()}
-        return batch | {f"labels_{name}": np.array(found, dtype=np.int64) for name, found in marks.items()}
+        return batch | {f"labels_{name}": mark(found) for name, found in texts.items()}
 
     def loss(self, model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, int]:
         """Return the cross-entropy of each query's own item among those of the batch that do not fit it too."""
-        import torch
-
-        inputs = {name: tensor for name, tensor in batch.items() if not name.startswith("labels")}
-        queries_BH, items_BH = model.outputs(**inputs)["sentence_embedding"].float().chunk(2)
-        scores_BB, own = queries_BH @ items_BH.T / TEMPERATURE, torch.arange(len(queries_BH))
-        same = [batch[name][:, None] == batch[name][None, :] for name in ("labels_query", "labels_item")]
-        scores_BB = scores_BB.masked_fill((same[0] | same[1]) & (own[:, None] != own[None, :]), float("-inf"))
-        return torch.nn.functional.cross_entropy(scores_BB, own, reduction="sum"), len(own)
+        queries_BH, items_BH = model.outputs(**model.inputs_of(batch))["sentence_embedding"].float().chunk(2)
+        fits_BB = fitting(batch, ("labels_query", "labels_item"))
+        return own_pairs_loss(queries_BH @ items_BH.T / TEMPERATURE, fits_BB, both=False), len(queries_BH)
 
     def evaluate(
         self, predictor: Predictor, rows: Sequence[Row], examples: Sequence[Example], processor: Tokenizer,
         labels: Sequence[str], *, generate: bool,
     ) -> Metrics:  # fmt: skip
         """Return what ranking the distinct items of all these rows gives for each query; loss in nats per query."""
-        own = {name: [example.arrays[name].tobytes() for example in examples] for name in PAIR}
-        numbers = {text: number for number, text in enumerate(dict.fromkeys([*own["query"], *own["item"]]))}
-        texts = [single(np.frombuffer(text, dtype=np.int32)) for text in numbers]
-        parts = [predictor.outputs(texts[start : start + AT_ONCE]) for start in range(0, len(texts), AT_ONCE)]
-        vectors = np.stack([said["sentence_embedding"] for part in parts for said in part]).astype(np.float64)
-        queries, items = (list(dict.fromkeys(own[name])) for name in PAIR)
-        scores = vectors[[numbers[text] for text in queries]] @ vectors[[numbers[text] for text in items]].T
-        place = {text: number for number, text in enumerate(items)}
-        row_of = {text: number for number, text in enumerate(queries)}
-        relevant = np.zeros(scores.shape, dtype=bool)
-        for query, item in zip(own["query"], own["item"], strict=True):
-            relevant[row_of[query], place[item]] = True
+        queries, items = ([example.arrays[name].tobytes() for example in examples] for name in PAIR)
+        texts = {text: number for number, text in enumerate(dict.fromkeys([*queries, *items]))}
+        vectors = np.stack(outputs_of(predictor, [single(np.frombuffer(t, np.int32)) for t in texts], "sentence_embedding"))
+        asked, ranked, relevant = relevance(queries, items)
+        scores = vectors[[texts[queries[row]] for row in asked]] @ vectors[[texts[items[row]] for row in ranked]].T
         losses = -np.where(relevant, log_softmax(scores / TEMPERATURE), -np.inf).max(axis=1)
         return {"loss": float(losses.mean()), **retrieval_scores(scores, relevant)}
 
