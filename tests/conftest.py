@@ -20,6 +20,7 @@ def base_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Base files of the tests, and of the processes that they start, stay out of the user's cache."""
     folder = tmp_path_factory.mktemp("base")
     os.environ["EDGELORA_BASE_CACHE"] = str(folder)
+    os.environ["EDGELORA_PACKED_CACHE"] = str(folder / "packed")
     return folder
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelora.errors import FolderError, UserError
+from edgelora.run.packed import open_packed
 from edgelora.run.session import open_session
 
 if TYPE_CHECKING:
@@ -38,11 +39,16 @@ class DecoderSession:
         max_length: int,
         threads: int | None = None,
         initializers: Mapping[str, ort.OrtValue] | None = None,
+        packed: bool = False,
     ) -> None:
+        """Open a decoder; `packed` keeps its weights in the user's cache as this machine's kernels read them."""
         self.max_length = max_length
         self.length = 0  # valid positions in the cache
         self.initializers = dict(initializers or {})  # the session reads from their memory
-        self.session = open_session(model, threads=threads, initializers=self.initializers)
+        if packed and not self.initializers:  # what is put into a graph from outside is packed for this session alone
+            self.session = open_packed(model, threads=threads)
+        else:
+            self.session = open_session(model, threads=threads, initializers=self.initializers)
         inputs = {value.name: value for value in self.session.get_inputs()}
         overridable = {value.name for value in self.session.get_overridable_initializers()}
         outputs = {value.name: value for value in self.session.get_outputs()}

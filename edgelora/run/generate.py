@@ -54,6 +54,7 @@ class Generator:
             max_length=self.bundle.max_length,
             threads=self.threads,
             initializers=initializers(self.bundle, adapter),
+            packed=not self.bundle.manifest.get("adapters"),  # whose A and B are inputs with defaults
         )
 
     def start(self, prompt: Prompt, config: GenerateConfig, *, tools: Sequence[Any] | None = None) -> Answer:

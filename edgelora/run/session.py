@@ -14,12 +14,19 @@ if TYPE_CHECKING:
 
 
 def open_session(
-    model: Path, *, threads: int | None = None, initializers: Mapping[str, ort.OrtValue] | None = None
+    model: Path,
+    *,
+    threads: int | None = None,
+    initializers: Mapping[str, ort.OrtValue] | None = None,
+    optimize: bool = True,
+    write: Path | None = None,
+    entries: Mapping[str, str] | None = None,
 ) -> ort.InferenceSession:
     """Return a CPU session of a .onnx file on `threads` threads (default: the physical cores).
 
     `initializers` take the place of the file's own weights of these names and shapes; they must live as long as the session,
-    which reads from their memory.
+    which reads from their memory. A graph that is optimized already is taken as it is without `optimize`; `write` is where the
+    optimized one goes, `entries` are further settings of the session.
     Raises FolderError where the file is missing, damaged or not understood, MachineError where memory is short.
     """
     import onnxruntime as ort
@@ -27,6 +34,12 @@ def open_session(
     if not model.is_file():
         raise FolderError(f"{model} does not exist", hint="export the bundle again with --overwrite")
     options = session_options(threads)
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if write is not None:
+        options.optimized_model_filepath = str(write)
+    for name, text in (entries or {}).items():
+        options.add_session_config_entry(name, text)
     try:
         for name, value in (initializers or {}).items():
             options.add_initializer(name, value)

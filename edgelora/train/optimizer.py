@@ -18,8 +18,9 @@ from edgelora.train.adamw8 import BLOCK, CHUNK, LEAST, decode, encode
 
 # A head begins at random and small, and is not scaled as an adapter is: it has further to go than an adapter.
 HEAD_RATE = 10.0
-# Logarithms of block scales beside an adapter, at 1e-3 for it: 2e-4 of a scale in a step.
-SCALE_RATE = 0.2
+# Logarithms of block scales beside an adapter, at 1e-3 for it: 0.005 of a scale in a step. SmolLM2, 300 steps on E2E rows from
+# a calibrated start, held-out loss above the fp32 adapter's: 1.6% without learned scales and at 0.2, 0.5% at 5.
+SCALE_RATE = 5.0
 
 
 class AdamW:

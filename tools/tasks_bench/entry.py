@@ -42,13 +42,17 @@ def there(path: Path, hint: str) -> Path:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the commands are given: MODEL, DATA (train and valid), the held-out rows, and --columns."""
+    """What the commands are given: MODEL, DATA (train and valid), the held-out rows, and --columns.
+
+    base: the model as it comes, where MODEL was made from it.
+    """
 
     model: str
     data: Path
     test: Path
     columns: str = ""
     note: str = ""
+    base: str = ""
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ class Line:
         options |= {"columns": given.columns} if given.columns else {}
         options |= {"rows": entry.rows} if entry.rows else {}
         options |= {} if entry.generate else {"no-generate": True}
-        options |= {"task": entry.task} if target == given.model else {}
+        options |= {"task": entry.task} if target in (given.model, given.base) else {}
         record = self.command(step, "evaluate", target, given.test, *flags(options))
         return float(record["result"]["metrics"][entry.metric])
 
@@ -85,7 +85,7 @@ def measure(entry: Entry, places: Places, results: Results, threads: int, keep: 
     trained = line.finetune("run")
     figures = trained["result"]
     in_table = of_table(figures["table"], "base", entry.metric)
-    base = in_table if entry.has_head else line.score("evaluate-base", line.prepared.model)
+    base = in_table if entry.has_head else line.score("evaluate-base", line.prepared.base or line.prepared.model)
     adapter = line.score("evaluate-run", line.folder("run"))
     line.command("merge", "merge", line.folder("run"), out="merged")
     merged = line.score("evaluate-merged", line.folder("merged"))
