@@ -175,7 +175,7 @@ def test_pictures_without_a_mask_are_listed(tmp_path: Path) -> None:
     lines = scan(str(folder), task="image-segmentation", columns=None, valid=None).problems.lines()
     assert lines == [
         'rows, file 2: "mask" is missing',
-        "rows, file 3: images/2.png cannot be read: it is no picture that Pillow reads",
+        "rows, file 3: masks/2.png cannot be read: it is no picture that Pillow reads",
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 from pathlib import Path
@@ -111,8 +112,8 @@ def test_nothing_is_written_where_it_may_not_or_need_not(model: Path, cache: Pat
 
 def test_what_changes_a_number_is_never_used(model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = logits(model, use=False)
-    large = {**packed.ENTRIES, "session.optimized_model_external_initializers_min_size_in_bytes": "1024"}
-    monkeypatch.setattr(packed, "ENTRIES", large)  # with this, ONNX Runtime leaves small scales out
+    found = itertools.count()
+    monkeypatch.setattr(packed, "probe", lambda session: np.array([next(found)]))  # no session gives another's numbers
     for _ in range(2):
         np.testing.assert_array_equal(logits(model), wanted)
     assert [list(entry.iterdir()) for entry in entries(cache)] == [[]]
