@@ -47,7 +47,7 @@ def meanings(places: Places) -> Prepared:
 def catalogues(places: Places) -> Prepared:
     """The message catalogues of programs, English → German: one is adapted to, the others are for pretraining."""
     minutes, folder = 3.0, places.extra.get("catalogues", Path("/usr/share/locale/de/LC_MESSAGES"))
-    files = sorted(folder.glob("*.mo"))
+    files = sorted(path for path in folder.glob("*.mo") if not path.is_symlink())  # other names of the same catalogue
     own = [path for path in files if path.stem == OWN]
     if not own or len(files) < 10:
         raise Missing(f"no {OWN}.mo beside others in {folder}: apt install iso-codes, or --extra catalogues=FOLDER")
