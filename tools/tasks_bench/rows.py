@@ -35,7 +35,7 @@ ENTRIES = (
     ),
     Entry("fashion", "image-classification", "ResNet", "Fashion-MNIST", "accuracy", pictures.fashion),
     Entry(
-        "bccd", "object-detection", "RT-DETR, small", "BCCD blood cells", "map_50", pictures.cells, options={"epochs": 60},
+        "bccd", "object-detection", "RT-DETR, small", "BCCD blood cells", "map_50", pictures.cells, options={"epochs": 40},
     ),
     Entry(
         "fashion-names", "zero-shot-image-classification", "CLIP, small", "Fashion-MNIST: classes in words", "accuracy",
