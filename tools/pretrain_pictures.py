@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Train a small network of a family from scratch: the base to adapt where no pretrained weights are at hand.
 
-    python tools/pretrain_pictures.py scenes DATA --rows 400 --size 96 [--masks | --sentences]
+    python tools/pretrain_pictures.py scenes DATA --rows 400 --size 96 [--masks | --sentences | --blobs]
     python tools/pretrain_pictures.py train unet DATA OUT --size 96 --minutes 3
 
-`scenes` draws discs, squares and triangles on noise, with their boxes or a sentence (rows.jsonl), or masks. `train` writes a
-folder in Hugging Face layout. A figure for a network that was made so says so.
+`scenes` draws discs, squares and triangles on noise, with their boxes or a sentence (rows.jsonl), or masks; --blobs: many round
+things that overlap, of three kinds, with their boxes. `train` writes a folder in Hugging Face layout. A figure for a network
+that was made so says so.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
                                             "num_attention_heads": 4, "intermediate_size": 192, "num_detection_tokens": 30}),
     "rt_detr": ("object-detection", "rt_detr", {
         "backbone_config": RT_BACKBONE, "encoder_hidden_dim": 64, "encoder_in_channels": [32, 64, 128], "encoder_ffn_dim": 128,
-        "encoder_attention_heads": 4, "d_model": 64, "num_queries": 40, "decoder_in_channels": [64, 64, 64],
+        "encoder_attention_heads": 4, "freeze_backbone_batch_norms": False, "d_model": 64, "num_queries": 40,
+        "decoder_in_channels": [64, 64, 64],
         "decoder_ffn_dim": 128, "decoder_layers": 2, "decoder_attention_heads": 4, "num_denoising": 20}),
 }  # fmt: skip
 
@@ -64,6 +66,44 @@ def scene(random: Any, size: int) -> tuple[Any, Any, list[dict[str, Any]]]:
     return pixels.clip(0, 255).astype(np.uint8), classes, objects
 
 
+# Kind of a blob → how many a picture has, their radius in shares of its side, how far a side may bulge
+BLOBS = {"ring": ((4, 21), (0.07, 0.12), 0.04), "lump": ((0, 4), (0.09, 0.2), 0.2), "speck": ((0, 5), (0.02, 0.05), 0.1)}
+
+
+def blobs(random: Any, size: int) -> tuple[Any, None, list[dict[str, Any]]]:
+    """Return pixels [size, size, 3] and objects: pale rings that overlap, darker lumps and specks on a light ground, in colours
+    that differ from picture to picture; some leave the picture."""
+    import numpy as np
+
+    ground = random.uniform(130, 250, 3)
+    dark = ground * random.uniform(0.2, 0.75, 3)
+    colours = {"ring": ground * random.uniform(0.55, 0.95, 3), "lump": dark, "speck": (dark * random.uniform(0.8, 1.2, 3))}
+    pixels, objects, rings = np.broadcast_to(ground, (size, size, 3)).copy(), [], []
+    rows, columns = np.mgrid[:size, :size]
+    squeezed = random.uniform(0.75, 1.33)  # as pictures are that are made square
+    for kind, (counts, radii, bulge) in BLOBS.items():
+        for _ in range(random.integers(*counts)):
+            y, x = random.uniform(0, size, 2)
+            radius = random.uniform(*radii) * size
+            if kind == "ring" and any(math.hypot(y - b, x - a) < 1.1 * radius for b, a in rings):
+                continue
+            angle = np.arctan2(rows - y, columns - x)
+            edge = 1 + bulge * np.sin(random.integers(2, 6) * angle + random.uniform(0, 2 * math.pi))
+            distance = np.hypot((rows - y) * squeezed, (columns - x) / squeezed) / (radius * edge)
+            inside = distance <= 1
+            if inside.sum() < 0.4 * math.pi * radius**2:
+                continue
+            cover = np.clip((1 - distance) * radius + 0.5, 0, 1) * random.uniform(0.7, 1.0)
+            cover = cover * (1 - random.uniform(0.2, 0.7) * np.clip(1 - distance, 0, 1)) if kind == "ring" else cover
+            pixels += cover[..., None] * (colours[kind] * random.uniform(0.9, 1.1) - pixels)
+            rings += [(y, x)] if kind == "ring" else []
+            ys, xs = rows[inside], columns[inside]
+            sides = [int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1]
+            objects.append({"label": kind, "box": sides})
+    pixels = random.normal(pixels, random.uniform(2, 8))
+    return pixels.clip(0, 255).astype(np.uint8), None, objects
+
+
 def sentence(objects: list[dict[str, Any]]) -> str:
     """Return how many shapes of each kind there are: "one disc and three squares"."""
     counts = {kind: sum(entry["label"] == kind for entry in objects) for kind in KINDS}
@@ -71,7 +111,7 @@ def sentence(objects: list[dict[str, Any]]) -> str:
     return " and ".join(f"{words[n]} {kind}{'s' * (n > 1)}" for kind, n in counts.items() if n) or "nothing"
 
 
-def write_scenes(folder: Path, count: int, size: int, *, masks: bool, sentences: bool, seed: int) -> None:
+def write_scenes(folder: Path, count: int, size: int, *, masks: bool, sentences: bool, round_things: bool, seed: int) -> None:
     import numpy as np
     from PIL import Image
 
@@ -80,7 +120,7 @@ def write_scenes(folder: Path, count: int, size: int, *, masks: bool, sentences:
     (folder / "masks").mkdir() if masks else None
     lines = []
     for number in range(count):
-        pixels, classes, objects = scene(random, size)
+        pixels, classes, objects = (blobs if round_things else scene)(random, size)
         Image.fromarray(pixels).save(folder / "images" / f"{number}.png")
         if masks:
             Image.fromarray(classes).save(folder / "masks" / f"{number}.png")
@@ -155,8 +195,9 @@ def main() -> None:
     drawn, trained = verbs.add_parser("scenes"), verbs.add_parser("train")
     drawn.add_argument("data", type=Path)
     drawn.add_argument("--rows", type=int, default=400)
-    drawn.add_argument("--masks", action="store_true")
-    drawn.add_argument("--sentences", action="store_true")
+    kind = drawn.add_mutually_exclusive_group()
+    for flag in ("--masks", "--sentences", "--blobs"):
+        kind.add_argument(flag, action="store_true")
     drawn.add_argument("--seed", type=int, default=0)
     trained.add_argument("family", choices=FAMILIES)
     trained.add_argument("data")
@@ -168,7 +209,8 @@ def main() -> None:
         verb.add_argument("--size", type=int, default=96)
     given = parser.parse_args()
     if given.verb == "scenes":
-        write_scenes(given.data, given.rows, given.size, masks=given.masks, sentences=given.sentences, seed=given.seed)
+        wanted = {"masks": given.masks, "sentences": given.sentences, "round_things": given.blobs}
+        write_scenes(given.data, given.rows, given.size, **wanted, seed=given.seed)
     else:
         train(given.family, given.data, given.out, given.size, given.minutes, given.batch_size, given.learning_rate)
 

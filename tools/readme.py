@@ -83,7 +83,8 @@ def measured_tasks() -> str:
     notes = [f"- `{row['name']}`: {row['note']}" for row in found["rows"] if row["note"]]
     tables = [markdown_table(table) for table in readme_tasks.tables(found["rows"])]
     head = f"As `./tools/bench_tasks` measured it on {found['machine']}; {readme_tasks.circumstances(found['rows'])}:"
-    return "\n\n".join([head, *tables, "\n".join(notes)]).rstrip()
+    bases = "MiniLM, SmolLM2 and Whisper are real pretrained models; the others were trained from scratch first, as noted here:"
+    return "\n\n".join([head, *tables, bases, "\n".join(notes)]).rstrip()
 
 
 def session() -> str:

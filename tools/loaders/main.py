@@ -23,6 +23,8 @@ INPUTS = {
     "text-generation": ("What is the capital of France?", "Name three colours.", "dim the kitchen lights to forty percent"),
     "text2text-generation": ("Where is the station?", "It is raining."),
     "question-answering": ("Who came?|Anna came to the party with a cake.",),
+    "text-ranking": ("where is my card?|card arrival|exchange rate|lost or stolen card",),
+    "sentence-similarity": ("where is my card?|card arrival|exchange rate|lost or stolen card",),
 }
 TEXTS = ("the doorbell will not join my wifi", "how do I get my money back?", "Anna met Peter in Paris")
 COMMANDS = {

@@ -20,26 +20,36 @@ SIDE = 32  # of its 28 pixels: five halvings
 MEMBRANE_SIDE, SCENE_SIDE, DETECTOR_SIDE = 256, 96, 128
 
 
-def tool(*arguments: object) -> None:
-    """Run tools/pretrain_pictures.py. Raises Missing with what it said."""
-    measured = run(python(str(PRETRAIN), *map(str, arguments)))
+def tool(script: Path, *arguments: object) -> None:
+    """Run one of the tools that pretrain. Raises Missing with what it said."""
+    measured = run(python(str(script), *map(str, arguments)))
     if not measured.done:
-        raise Missing(f"tools/pretrain_pictures.py failed: {measured.message}")
+        raise Missing(f"tools/{script.name} failed: {measured.message}")
 
 
-def pretrained(places: Places, family: str, data: Path, size: int, minutes: float, name: str = "") -> Path:
-    """Return a network of a family trained here from scratch, for so many minutes; made once."""
-    out = places.work / "models" / (name or family)
+def made_by(script: Path, places: Places, name: str, given: tuple[object, ...], *options: object) -> Path:
+    """Return the network models/NAME, trained from scratch by `script GIVEN… OUT OPTIONS…`; made once."""
+    out = places.work / "models" / name
     if not (out / "model.safetensors").is_file():
-        tool("train", family, data, new_folder(out), "--size", size, "--minutes", minutes)
+        shutil.rmtree(out, ignore_errors=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tool(script, *given, out, *options)
     return out
 
 
-def scenes(places: Places, size: int, *, masks: bool) -> Path:
-    """Return generated scenes of shapes, drawn once."""
-    out = places.work / "rows" / f"scenes-{size}-{'masks' if masks else 'boxes'}"
+def pretrained(
+    places: Places, family: str, data: Path, size: int, minutes: float, *, name: str = "", batch_size: int = 16
+) -> Path:
+    """Return a network of a family trained here from scratch, for so many minutes; made once."""
+    options = ("--size", size, "--minutes", minutes, "--batch-size", batch_size)
+    return made_by(PRETRAIN, places, name or family, ("train", family, data), *options)
+
+
+def scenes(places: Places, size: int, kind: str, rows: int = 400) -> Path:
+    """Return generated scenes, drawn once: shapes with "masks", or "blobs" with boxes."""
+    out = places.work / "rows" / f"scenes-{size}-{kind}"
     if not out.is_dir():
-        tool("scenes", out, "--rows", 400, "--size", size, *(["--masks"] if masks else []))
+        tool(PRETRAIN, "scenes", out, "--rows", rows, "--size", size, f"--{kind}")
     return out
 
 
@@ -62,7 +72,7 @@ def held_out(folder: Path) -> Path:
 
 def membrane(places: Places) -> Prepared:
     minutes = 1.0
-    model = pretrained(places, "unet", scenes(places, SCENE_SIDE, masks=True), SCENE_SIDE, minutes)
+    model = pretrained(places, "unet", scenes(places, SCENE_SIDE, "masks"), SCENE_SIDE, minutes)
     settings = json.loads((model / "preprocessor_config.json").read_text(encoding="utf-8"))
     settings["size"] = {"height": MEMBRANE_SIDE, "width": MEMBRANE_SIDE}
     (model / "preprocessor_config.json").write_text(json.dumps(settings), encoding="utf-8")
@@ -117,8 +127,10 @@ def fashion(places: Places) -> Prepared:
 
 
 def cells(places: Places) -> Prepared:
-    minutes = 3.0
-    model = pretrained(places, "yolos", scenes(places, DETECTOR_SIDE, masks=False), DETECTOR_SIDE, minutes)
+    """Blood cells, for a detector that was trained here on generated scenes of round things that overlap."""
+    minutes, rows = 12.0, 3000
+    drawn = scenes(places, DETECTOR_SIDE, "blobs", rows)
+    model = pretrained(places, "rt_detr", drawn, DETECTOR_SIDE, minutes, name="rt_detr-blobs", batch_size=8)
     source = places.source("bccd")
     pictures = {path.stem: path for path in (source / "images").iterdir()}
     files = sorted(path for path in (source / "annotations").glob("*.xml") if path.stem in pictures)
@@ -131,6 +143,5 @@ def cells(places: Places) -> Prepared:
         for name, part in split(shuffled(files), test=24, valid=12, train=-1).items()
     }
     data = copied(parts, places.work / "rows" / "bccd")
-    return Prepared(
-        str(model), data, held_out(data), note=f"pretrained here for {minutes:g} min on 400 generated scenes of shapes"
-    )
+    note = f"pretrained here for {minutes:g} min on {rows:,} generated scenes of overlapping blobs"
+    return Prepared(str(model), data, held_out(data), note=note)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from tasks_bench import pictures, sequences, sounds, texts
+from functools import partial
+
+from tasks_bench import pairs, pictures, sequences, sounds, texts
 from tasks_bench.entry import Entry
 
 ENTRIES = (
@@ -16,6 +18,10 @@ ENTRIES = (
         options={"epochs": 1},
     ),
     Entry("restaurant-ner", "token-classification", "MiniLM (BERT)", "Restaurants-8k slots", "f1", texts.spans),
+    Entry(
+        "restaurant-decoder", "token-classification", "SmolLM2-135M", "Restaurants-8k slots", "f1",
+        partial(texts.spans, model=texts.SMOLLM2), options={"epochs": 1},
+    ),
     Entry("wnut17", "token-classification", "MiniLM (BERT)", "WNUT 17", "f1", texts.wnut, options={"epochs": 2}),
     Entry("restaurant-qa", "question-answering", "MiniLM (BERT)", "Restaurants-8k as questions", "f1", texts.questions),
     Entry(
@@ -28,9 +34,23 @@ ENTRIES = (
         options={"epochs": 10, "batch-size": 2, "learning-rate": 5e-3},
     ),
     Entry("fashion", "image-classification", "ResNet", "Fashion-MNIST", "accuracy", pictures.fashion),
-    Entry("bccd", "object-detection", "YOLOS", "BCCD blood cells", "map_50", pictures.cells, options={"epochs": 10}),
+    Entry(
+        "bccd", "object-detection", "RT-DETR, small", "BCCD blood cells", "map_50", pictures.cells, options={"epochs": 40},
+    ),
+    Entry(
+        "fashion-names", "zero-shot-image-classification", "CLIP, small", "Fashion-MNIST: classes in words", "accuracy",
+        pairs.names, has_head=False,
+    ),
+    Entry(
+        "fashion-captions", "image-to-text", "ViT + BERT, small", "Fashion-MNIST: two in a picture", "bleu",
+        pairs.captions, has_head=False, rows=200,
+    ),
     Entry(
         "fsdd-words", "automatic-speech-recognition", "Whisper tiny.en", "FSDD digits", "wer", sounds.words, has_head=False,
+    ),
+    Entry(
+        "fsdd-letters", "speech-recognition-ctc", "wav2vec2, small", "FSDD digits", "cer", sounds.spelled,
+        options={"epochs": 10}, has_head=False,
     ),
     Entry("fsdd-digits", "audio-classification", "Whisper tiny.en", "FSDD digits", "accuracy", sounds.classes),
     Entry(

@@ -96,7 +96,7 @@ def read_restaurants(places: Places) -> list[tuple[str, list[tuple[str, int, int
     return found
 
 
-def spans(places: Places) -> Prepared:
+def spans(places: Places, model: str = MINILM) -> Prepared:
     """Slots with their places; of those that overlap ("in an hour" is a day and a time) the first one stays."""
     rows = []
     for text, found, _ in read_restaurants(places):
@@ -105,7 +105,8 @@ def spans(places: Places) -> Prepared:
             if not kept or start >= kept[-1]["end"]:
                 kept.append({"start": start, "end": end, "label": slot})
         rows.append({"text": text, "spans": kept})
-    return prepared(MINILM, places.work / "rows" / "restaurant-ner", split(rows, test=224, valid=80, train=-1))
+    name = "restaurant-ner" if model == MINILM else "restaurant-decoder"
+    return prepared(model, places.work / "rows" / name, split(rows, test=224, valid=80, train=-1))
 
 
 def by_start(span: tuple[str, int, int]) -> int:
