@@ -34,6 +34,8 @@ WRITING = (
     "decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id", "forced_bos_token_id", "forced_eos_token_id",
     "num_beams", "length_penalty", "early_stopping", "no_repeat_ngram_size", "max_length", "min_length", "bad_words_ids",
 )  # fmt: skip
+# Classes whose own code loaders need: that of Whisper reads times and the tokens of a task
+OWN_TOKENIZERS = ("WhisperTokenizer",)
 TRANSFORMERS_5_KEYS = ("backend", "is_local", "local_files_only", "processor_class", "auto_map")
 
 
@@ -135,8 +137,10 @@ def write_tokenizer(folder: Path, facts: BundleFacts) -> None:
             write_json(folder / "tokenizer_config.json", config)
         return
     config = {key: value for key, value in config.items() if key not in TRANSFORMERS_5_KEYS}
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    config["model_input_names"] = [n for n in ("input_ids", "token_type_ids", "attention_mask") if n in facts.inputs]
+    if config.get("tokenizer_class") not in OWN_TOKENIZERS:
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if names := [n for n in ("input_ids", "token_type_ids", "attention_mask") if n in facts.inputs]:
+        config["model_input_names"] = names
     config["model_max_length"] = facts.max_positions
     extra = config.pop("extra_special_tokens", None)
     if isinstance(extra, list):  # transformers 5's spelling; 4.57 expects a dictionary under that name
