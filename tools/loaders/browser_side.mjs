@@ -18,7 +18,8 @@ env.backends.onnx.wasm.wasmPaths = location.origin + "/npm/onnxruntime-web/dist/
 const words = (task, found) => {
   const first = Array.isArray(found) ? found[0] : found;
   if (task === "token-classification") return found.map((span) => [span.word, span.entity]);
-  return first.label ?? first.answer ?? first.text ?? first.generated_text ?? first.translation_text;
+  const said = first.label ?? first.answer ?? first.text ?? first.generated_text ?? first.translation_text;
+  return said?.trim();
 };
 window.run = async ({ task, inputs, new_tokens, dtype }) => {
   const options = { dtype, device: "wasm" };
@@ -35,7 +36,8 @@ window.run = async ({ task, inputs, new_tokens, dtype }) => {
     return said;
   }
   const pipe = await pipeline(task, "bundle", options);
-  for (const given of inputs) said.push(words(task, await (task === "question-answering" ? pipe(...given.split("|")) : pipe(given))));
+  const more = ["translation", "summarization", "text2text-generation"].includes(task) ? [{ max_new_tokens: new_tokens }] : [];
+  for (const given of inputs) said.push(words(task, await (task === "question-answering" ? pipe(...given.split("|")) : pipe(given, ...more))));
   return said;
 };
 window.loaded = true;

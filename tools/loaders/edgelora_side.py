@@ -6,6 +6,7 @@ import json
 import sys
 from typing import Any
 
+from edgelora.config import GenerateConfig
 from edgelora.run.model import load
 
 
@@ -17,12 +18,17 @@ def ranked(found: Any) -> Any:
     return [entry["item"] for entry in found]
 
 
+def heard(found: Any) -> Any:
+    return found["text"] if isinstance(found, dict) else found
+
+
 # Of each task: the answer in words, from what `edgelora run --json` has.
 WORDS: dict[str, Any] = {
     **dict.fromkeys(("text-classification", "image-classification", "audio-classification"), best),
     "zero-shot-image-classification": best,
     **dict.fromkeys(("text-ranking", "sentence-similarity"), ranked),
-    "token-classification": lambda found: [[span["text"], span["label"]] for span in found],
+    "token-classification": lambda found: [[span["text"], span["label"]] for span in found["spans"]],
+    **dict.fromkeys(("automatic-speech-recognition", "speech-recognition-ctc"), heard),
     "question-answering": lambda found: found["answer"],
     "text-regression": lambda found: round(found["score"], 2),
     "multi-label-classification": lambda found: sorted(entry["label"] for entry in found if entry["probability"] > 0.5),
@@ -48,13 +54,13 @@ def main() -> None:
     model = load(request["bundle"])
     task = request["task"]
     said: list[Any] = []
+    limit = GenerateConfig(max_new_tokens=request["new_tokens"])
     for given in request["inputs"]:
         if task == "text-generation":
             answer = model.answer([{"role": "user", "content": given}], max_new_tokens=request["new_tokens"])
             said.append(answer.tokens)
             continue
-        (found,) = model.answers([row_of(task, model.answerer.task.answered, given)])
-        found = found["text"] if isinstance(found, dict) and "text" in found else found
+        (found,) = model.answers([row_of(task, model.answerer.task.answered, given)], config=limit if model.writes else None)
         said.append(WORDS.get(task, str)(found))
     print(json.dumps(said))
 

@@ -27,6 +27,9 @@ INPUTS = {
     "sentence-similarity": ("where is my card?|card arrival|exchange rate|lost or stolen card",),
 }
 TEXTS = ("the doorbell will not join my wifi", "how do I get my money back?", "Anna met Peter in Paris")
+NO_PIPELINE = (  # of transformers.js
+    "text-ranking", "text-regression", "multi-label-classification", "sentence-similarity", "speech-recognition-ctc",
+)  # fmt: skip
 COMMANDS = {
     "edgelora run": [str(ROOT / ".venv/bin/python"), str(SIDES / "edgelora_side.py")],
     "onnxruntime-genai": [str(ROOT / ".venv/bin/python"), str(SIDES / "genai_side.py")],
@@ -39,6 +42,8 @@ def ask(loader: str, bundle: Path, task: str, inputs: list[str]) -> tuple[list[A
     """Return what a loader said of each input, or None, and in words."""
     if loader == "onnxruntime-genai" and task != "text-generation":
         return None, "for decoders only"
+    if loader == "transformers.js" and task in NO_PIPELINE:
+        return None, "it has no pipeline for this task"
     request = json.dumps({"bundle": str(bundle), "task": task, "inputs": inputs, "new_tokens": NEW_TOKENS})
     environment = {**os.environ, "PYTHONPATH": str(ROOT)} if "edgelora_side" in COMMANDS[loader][1] else {**os.environ}
     try:

@@ -62,12 +62,13 @@ def piped(parts: Parts, given: str, request: dict[str, Any]) -> Any:
     pipe = transformers.pipeline(task, **parts, **options)
     if task == "question-answering":
         return pipe(**dict(zip(("question", "context"), given.split("|"), strict=True)))["answer"]
-    found = pipe(given)
+    found = pipe(sound(given) if task == "audio-classification" else given)
     return [[span["word"], span["entity_group"]] for span in found] if task == "token-classification" else found[0]["label"]
 
 
-def translated(parts: Parts, given: str, _: dict[str, Any]) -> str:
-    found = parts["model"].generate(**parts["tokenizer"](given, return_tensors="pt"))
+def translated(parts: Parts, given: str, request: dict[str, Any]) -> str:
+    tokens = parts["tokenizer"](given, return_tensors="pt")
+    found = parts["model"].generate(**tokens, max_new_tokens=request["new_tokens"])
     return str(parts["tokenizer"].decode(found[0], skip_special_tokens=True)).strip()
 
 
@@ -99,7 +100,11 @@ def seen(parts: Parts, given: str, request: dict[str, Any]) -> Any:
     picture, model, task = Image.open(name).convert("RGB"), parts["model"], request["task"]
     pixels = parts["image_processor"](picture, return_tensors="pt")
     if task == "image-to-text":
-        return parts["tokenizer"].decode(model.generate(pixels["pixel_values"])[0], skip_special_tokens=True).strip()
+        return (
+            parts["tokenizer"]
+            .decode(model.generate(pixels["pixel_values"], max_new_tokens=request["new_tokens"])[0], skip_special_tokens=True)
+            .strip()
+        )
     if task == "zero-shot-image-classification":
         tokens = parts["tokenizer"](texts, padding=True, return_tensors="pt")
         return texts[int(model(**tokens, **pixels).logits_per_image[0].argmax())]
@@ -113,14 +118,23 @@ def seen(parts: Parts, given: str, request: dict[str, Any]) -> Any:
     return sorted(names[number] for number in scores.flatten().gt(0.5).nonzero()[:, 0].remainder(len(names)).tolist())
 
 
-def heard(parts: Parts, given: str, request: dict[str, Any]) -> str:
+def sound(path: str) -> Parts:
     import soundfile
 
-    wave, rate = soundfile.read(given, dtype="float32")
-    features = parts["feature_extractor"](wave, sampling_rate=rate, return_tensors="pt")
+    wave, rate = soundfile.read(path, dtype="float32")
+    return {"raw": wave, "sampling_rate": rate}
+
+
+def heard(parts: Parts, given: str, request: dict[str, Any]) -> str:
+    read = sound(given)
+    features = parts["feature_extractor"](read["raw"], sampling_rate=read["sampling_rate"], return_tensors="pt")
     if request["task"] == "speech-recognition-ctc":
         return str(parts["tokenizer"].decode(parts["model"](**features).logits[0].argmax(-1))).strip()
-    return str(parts["tokenizer"].decode(parts["model"].generate(**features)[0], skip_special_tokens=True)).strip()
+    return str(
+        parts["tokenizer"].decode(
+            parts["model"].generate(**features, max_new_tokens=request["new_tokens"])[0], skip_special_tokens=True
+        )
+    ).strip()
 
 
 WAYS: dict[str, Callable[[Parts, str, dict[str, Any]], Any]] = {
