@@ -61,7 +61,7 @@ def learns_scales(config: FinetuneConfig, *, plain: bool) -> bool:
 
 
 def choose_grid(model: Decoder | Network, config: FinetuneConfig) -> dict[str, Any]:
-    """Return what the manifest records beside the plan's part: precision, block size, the bits of every linear layer by path."""
+    """Return what the manifest records beside the plan's part: precision, block size, the bits of each linear layer by path."""
     linears = {path: frozen(layer) for path, layer in model.linears().items()}
     shapes = {path: (layer.out_features, layer.in_features) for path, layer in linears.items()}
     errors = {}
