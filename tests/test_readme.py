@@ -27,6 +27,7 @@ PAGES = [ROOT / "README.md", ROOT / "examples" / "README.md"]
 README = PAGES[0].read_text(encoding="utf-8")
 sys.path.insert(0, str(ROOT / "tools"))  # where the page's generator lies; it is no part of the package
 
+import readme_merging  # noqa: E402
 import readme_training  # noqa: E402
 
 
@@ -248,3 +249,36 @@ def test_what_was_not_measured_is_left_out(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(page, "TRAINING", tmp_path / "none.json")
     assert "Run `./tools/bench_training`" in page.training()
     assert page.markdown_table([{"a": "–", "b": "x"}, {"a": 1, "b": "–"}]).splitlines()[1] == "| ---: | --- |"
+
+
+def test_what_4_bits_keep_is_condensed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of the last file that has it; the rows are those of the benchmark's own arithmetic."""
+    from merge_bench import e2e, verdict
+
+    losses = [
+        {"what": "base, fp32", "loss": 2.4},
+        {"what": e2e.OURS, "loss": 1.51, "MB": 104.26},
+        {"what": e2e.GPTQ, "note": "failed"},
+    ]
+    table = verdict.with_ratios(losses, 2.4, 1.5)
+    part = {"table": table, "requirements": verdict.losses(table, e2e.OURS, 1.5, [e2e.GPTQ])}
+    points = {"table": [{"what": "int8", "accuracy": 0.91234, "macro_f1": 0.9}], "requirements": []}
+    first = results_file(tmp_path / "a.json", {"e2e/5-steps": {"table": losses[:1], "requirements": []}, "other/5-steps": part})
+    second = results_file(tmp_path / "b.json", {"e2e/300-steps": part, "banking/7-steps": points}, commit="def")
+    content = json.loads(second.read_text(encoding="utf-8"))
+    content["runs"] = {"300-steps/base/64-rows": {}, "300-steps/base/256-rows": {}}
+    second.write_text(json.dumps(content), encoding="utf-8")
+    found = readme_merging.condense([first, second])
+    (ours_title, ours), (title, banking), (_, required) = readme_merging.tables(json.loads(json.dumps(found)))
+    assert "300 steps; loss of 256 held-out rows" in ours_title
+    assert "7 steps" in title
+    assert list(ours[1].values()) == [e2e.OURS, 1.51, 0.67, 98.9, 104.3, "–"]
+    assert list(ours[2].values()) == [e2e.GPTQ, "–", "–", "–", "–", "failed"]
+    assert banking == [{"what": "int8", "accuracy": 0.9123}]
+    assert [row["holds"] for row in required] == ["yes", "not measured"]
+    other = results_file(tmp_path / "c.json", {}, processor="Intel Xeon")
+    with pytest.raises(SystemExit, match="results of different machines"):
+        readme_merging.condense([first, other])
+    page = generator()
+    monkeypatch.setattr(page, "MERGING", tmp_path / "none.json")
+    assert "Run `./tools/bench_merge`" in page.merging()
