@@ -115,14 +115,14 @@ class FinetuneConfig:
     optimizer_bits: int | None = setting(None, "Bits of AdamW's moments. Default: the most that fits.", choices=(32, 8))
     grid_start: str | None = setting(
         None,
-        "What is rounded at first: the model's weights, or what makes up for errors on training rows. Default: the latter, "
-        "where memory leaves the room.",
+        "What is rounded at first: the model's weights, or what makes up for errors on training rows. Default: the latter "
+        "for language models, where memory leaves the room.",
         choices=("nearest", "calibrated"),
     )
     grid_scales: str | None = setting(
         None,
-        "Block scales while rounding: of each block's extreme, or learned beside the adapters. Default: learned, where memory "
-        "leaves the room.",
+        "Block scales while rounding: of each block's extreme, or learned beside the adapters. Default: learned "
+        "for language models, where memory leaves the room.",
         choices=("max", "learned"),
     )
     grid_activations: str = setting(

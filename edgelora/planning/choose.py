@@ -135,7 +135,7 @@ def candidates(situation: Situation, line: Line) -> Iterator[Settings]:
     kept = 0 if config.gradient_checkpointing or line.stream else shape.layers
     for bits in base_bits(shape, config):
         rounded = PRECISION_BITS[config.precision] if on_grid.applies(config, bits) else None
-        plain = line.plain_grid or line.off_grid
+        plain = line.plain_grid or line.off_grid or shape.encoder  # of decoders it was measured to help
         started = rounded is not None and on_grid.starts_apart(config, plain=plain)
         learned = rounded is not None and on_grid.learns_scales(config, plain=plain)
         loses_grid = config.base_bits is None and rounded is None and any(on_grid.applies(config, other) for other in ALL_BITS)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from edgelora.adapters.inject import adapters
+from edgelora.adapters.learned_scales import LearnedScales
 from edgelora.adapters.lora import LoRA
 from edgelora.errors import FolderError, ModelError
 from edgelora.models.linear import FrozenLinear
@@ -92,11 +93,14 @@ def learned_scales(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def save_rounded(model: nn.Module, run: Path) -> None:
-    """Write the adapted layers as they ship into a run folder: `<path>.codes` and `<path>.scales` as in a merged folder."""
+    """Write the adapted layers as they ship into a run folder: `<path>.codes` and `<path>.scales` as in a merged folder, and
+    what block scales were multiplied by."""
     rounded = {path: adapter.rounded() for path, adapter in adapters(model).items() if adapter.grid is not None}
     if rounded:
         write(run / f".{ROUNDED}.partial", rounded)
         (run / f".{ROUNDED}.partial").replace(run / ROUNDED)
+    if learned := learned_scales(model):
+        LearnedScales(learned, next(iter(adapters(model)[path].scale_block for path in learned))).save(run)
 
 
 @dataclass(frozen=True)
