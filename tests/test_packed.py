@@ -78,7 +78,7 @@ def test_packed_weights_are_not_read_to_be_checked_until_they_change(model: Path
     changed[7] ^= 1
     weights.write_bytes(changed)
     os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
-    with pytest.raises(FolderError, match="model_q4.onnx_data: changed"):
+    with pytest.raises(FolderError, match=r"model_q4\.onnx_data: changed"):
         edgelora.load(bundle, threads=1)
 
 

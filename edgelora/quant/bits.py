@@ -90,7 +90,7 @@ def outliers(
 
 
 def packed_groups(paths: Sequence[str]) -> list[tuple[str, ...]]:
-    """Return the layers that are stored alike, since they are computed as one product: q, k and v, gate and up, others alone."""
+    """Return the layers that are stored alike, as they are one product: q, k and v, gate and up, each other one alone."""
     groups: dict[tuple[str, int], list[str]] = {}
     for number, path in enumerate(paths):
         parent, _, name = path.rpartition(".")
