@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import tiny
+import tiny_whisper
 import torch
-from tolerances import LOGITS_FP32
+from tolerances import LOGITS_FP32, LOSS_INT8_ACTIVATIONS
 
 from edgelora.config import FinetuneConfig
 from edgelora.data.check import scan
@@ -87,6 +88,35 @@ def test_the_whole_line(family: str, precision: str, layers: int, sounds: Path, 
     for name, words in (("none.wav", "does not exist"), ("cut.wav", "cannot be read as sound")):
         with pytest.raises(DataError, match=words):
             run(tmp_path / "bundle", [str(tmp_path / name)])
+
+
+def test_a_checkpoint_that_transcribes_gives_its_encoder(sounds: Path, tmp_path: Path) -> None:
+    """Whisper's class with a classification head names the encoder's weights without the `model.` of a checkpoint."""
+    import transformers
+    from safetensors.torch import load_file
+
+    model = tiny_whisper.save_whisper(tmp_path / "model")
+    theirs = transformers.WhisperForAudioClassification.from_pretrained(model, num_labels=3)
+    source, labels = open_model(str(model)), ["high", "hiss", "low"]
+    ours = load_model(source, TASK, base_bits=32, labels=labels)
+    assert ours.head_names == ("projector", "classifier")
+    stored = load_file(model / "model.safetensors")
+    for name, tensor in theirs.encoder.state_dict().items():
+        torch.testing.assert_close(tensor, stored[f"model.encoder.{name}"], rtol=0, atol=0)
+    task = get_task(TASK)
+    processor = task.open_processor(model)
+    for name, head in ours.head_parameters().items():
+        theirs.get_parameter(name).data.copy_(head)
+    for example in task.trial_examples(processor):
+        batch = to_tensors(task.collate([example], processor))
+        del batch["labels"]
+        with torch.no_grad():
+            torch.testing.assert_close(ours.logits(**batch), theirs.eval()(**batch).logits, **LOGITS_FP32)
+    config = FinetuneConfig(precision="int4", max_steps=4, batch_size=8, rank=4, learning_rate=1e-2, threads=1)
+    finetune(str(model), str(sounds), tmp_path / "run", config)
+    export(str(tmp_path / "run"), tmp_path / "bundle", precision="int4", force=True)
+    adapter, bundle = (evaluate(tmp_path / name, str(sounds))["metrics"]["loss"] for name in ("run", "bundle"))
+    assert bundle == pytest.approx(adapter, **LOSS_INT8_ACTIVATIONS)
 
 
 def test_rows_of_folders_and_manifests_are_the_same(sounds: Path) -> None:

@@ -266,7 +266,9 @@ def test_a_run_beyond_its_budget_is_told() -> None:
 
 def test_predictions_are_held_against_runs() -> None:
     record = {"outcome": "done", "peak_rss_mb": 95.0, "step_seconds": [1.0, 2.0], "others_busy": 0.0}
-    row = predictions.row_of("x", {**record, "predicted": {"peak_mb": 100.0, "seconds": 2.5}})
+    row = predictions.row_of(
+        "x", [{**record, "predicted": {"peak_mb": mb, "seconds": s}} for mb, s in ((95.0, 2.5), (100.0, 6.0), (96.0, 2.0))]
+    )
     assert (row["ratio"], row["s ratio"]) == (0.95, 1.2)
     assert predictions.worst_of([row, {"ratio": 1.04}], "ratio") == pytest.approx(-5)
     assert sum(len(predictions.GRID[name]) for name in command.PLANNED) >= 12

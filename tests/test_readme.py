@@ -194,7 +194,7 @@ def test_what_training_costs_is_condensed(tmp_path: Path) -> None:
         "EdgeLoRA int4, 1/4": [{**done, "outcome": "refused", "ram_mb": 572, "message": "too little"}],
     }
     step = {"outcome": "done", "peak_rss_mb": 95.0, "step_seconds": [1.0, 2.0], "others_busy": 0.0}
-    planned = [predictions.row_of("x", {**step, "predicted": {"peak_mb": mb, "seconds": 2.5}}) for mb in (100.0, 94.0)]
+    planned = [predictions.row_of("x", [{**step, "predicted": {"peak_mb": mb, "seconds": 2.5}}]) for mb in (100.0, 94.0)]
     work = {"operations": 3e11, "operations_without_down": 2.4e11, "work": {"recomputed": 0.5}}
     rates = [{"gflops": 200.0, "best_gflops": 300.0}] * 2
     curves = [{"what": f"smollm2, 40 steps{how}", **curve.compare([2.0, 1.005], [2.0, 1.0])} for how in ("", ", bf16 operands")]
@@ -202,7 +202,7 @@ def test_what_training_costs_is_condensed(tmp_path: Path) -> None:
     first = results_file(tmp_path / "a.json", {
         "speed/smollm2": speed.summary(runs),
         "curve/smollm2": curves,
-        "plan/smollm2": [*planned, predictions.row_of("y", {"outcome": "refused", "message": "too little"})],
+        "plan/smollm2": [*planned, predictions.row_of("y", [{"outcome": "refused", "message": "too little"}])],
         "plan/worst": {"settings": 3},
         "rate/smollm2": [rate.row_of("int4, --ram 572MB", {**step, **work, "rates": rates})],
         "cgroup/qwen-0.5b": [{**limit, "s/step inside": 9.9}],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import mmap
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -129,6 +130,31 @@ def test_a_system_without_advice_streams_too() -> None:
     stream.leave(0)
     stream.drop_table()
     assert stream.window_bytes == 100
+
+
+@LINUX
+@pytest.mark.parametrize("room", [0, 1 << 30])
+def test_no_cache_is_kept_where_there_is_no_room_for_it(tmp_path: Path, room: int) -> None:
+    path, half = tmp_path / "weights.base", 64 * ALIGN  # pages are read, and dropped, in groups: few for each block
+    with path.open("wb") as file:
+        file.write(os.urandom(2 * half))
+        file.flush()
+        os.fsync(file.fileno())  # the system does not drop what is not on the disk yet
+    with path.open("rb") as file:
+        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        stream = Stream(mapping, [(0, half), (half, 2 * half)], [], path)
+        stream.make_room(room)
+        stream.enter(0)
+        assert len(set(mapping[:half])) > 1
+        stream.leave(0)
+        try:
+            os.preadv(file.fileno(), [bytearray(ALIGN)], 0, os.RWF_NOWAIT)
+            cached = True
+        except BlockingIOError:
+            cached = False
+        except OSError:
+            pytest.skip("this file system does not tell what is cached")
+    assert cached == (room > 0)
 
 
 def test_streamed_training_gives_the_same_gradients(tmp_path: Path) -> None:

@@ -210,7 +210,7 @@ TITLES = {
     "measured before and after, on the model's own shapes:",
     "curve": "**Loss curve.** MODEL, 32-bit base weights, the same token ids, initial A and constant learning rate as PEFT:",
     "budgets": "**Random budgets.** MODEL, `--ram` from 250 to 2500 MB:",
-    "plan": "**`edgelora plan` against the run**, measured / predicted − 1:",
+    "plan": "**`edgelora plan` against the run**, measured / predicted − 1 (worst peak, median time of the rounds):",
 }
 
 

@@ -53,10 +53,13 @@ class BaseWeights:
     What the layout does not have (a classifier's head) is read from `source`.
     """
 
-    def __init__(self, source: ModelSource, layout: Layout, data: Tensor, mapping: mmap.mmap | None = None, start: int = 0):
+    def __init__(
+        self, source: ModelSource, layout: Layout, data: Tensor, mapping: mmap.mmap | None = None, start: int = 0,
+        path: Path | None = None,
+    ) -> None:  # fmt: skip
         self.source, self.layout = source, layout
         self._data = data
-        self._mapping, self._start = mapping, start
+        self._mapping, self._start, self._path = mapping, start, path
 
     @property
     def mapped(self) -> bool:
@@ -93,7 +96,7 @@ class BaseWeights:
         bounds = [(start + self._start, stop + self._start) for start, stop in self.layout.sections]
         blocks = [part for part, section in zip(bounds, sections, strict=True) if section.block]
         tables = [part for part, section in zip(bounds, sections, strict=True) if not section.block]
-        return Stream(self._mapping, blocks, tables)
+        return Stream(self._mapping, blocks, tables, self._path)
 
 
 def open_base(
@@ -177,7 +180,7 @@ def _open(path: Path, source: ModelSource) -> BaseWeights | None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writable")
         data = torch.from_numpy(np.frombuffer(mapping, np.uint8))
-    return BaseWeights(source, layout, data[start:], mapping, start)
+    return BaseWeights(source, layout, data[start:], mapping, start, path)
 
 
 def _read_header(head: bytes, file: Any) -> tuple[Layout, int]:

@@ -99,7 +99,9 @@ class Renamings:
         new = name
         for rule in self.rules:
             new, _ = rule.rename_source_key(new)
-        return next((found for found in (new, f"{self.prefix}.{new}") if found in self.known), name)
+        # A class with a head over the base, or over a part of it that keeps no prefix (Whisper's encoder alone)
+        forms = (new, f"{self.prefix}.{new}", new.removeprefix(f"{self.prefix}."))
+        return next((found for found in forms if found in self.known), name)
 
 
 def with_shared_table(tensors: dict[str, T], config: dict[str, Any]) -> dict[str, T]:

@@ -6,22 +6,29 @@
 What the system keeps of the file beyond that is cache that it takes back when memory is short. Blocks are walked there and
 back (forward, backward), so the last ones read are the first ones needed again, and cache that happens to be free is used.
 Dropping that cache too (posix_fadvise) read a quarter more where a fifth of the file could stay, and would read all of it
-again where it fits. Without `madvise` (Windows) both do nothing: the system drops clean pages by itself.
+again where it fits. Where less than half of it could stay, `make_room` has it dropped all the same: such a cache is read
+again and again without a hit, and the system, which sees that, takes the pages of libraries for it, which are in use.
+Without `madvise` (Windows) all of this does nothing: the system drops clean pages by itself.
 """
 
 from __future__ import annotations
 
 import mmap
+import os
+import weakref
 from collections.abc import Sequence
+from pathlib import Path
 
 Range = tuple[int, int]  # [start, stop) in bytes; starts are multiples of the page size
+WORTH_KEEPING = 0.5  # of the file
 
 
 class Stream:
     """The blocks and the tables (embedding, LM head) of a mapped base file."""
 
-    def __init__(self, mapping: mmap.mmap, blocks: Sequence[Range], tables: Sequence[Range]) -> None:
-        self._mapping = mapping
+    def __init__(self, mapping: mmap.mmap, blocks: Sequence[Range], tables: Sequence[Range], path: Path | None = None) -> None:
+        self._mapping, self._path = mapping, path
+        self._file: int | None = None  # open where its cache is dropped
         self.blocks = list(blocks)
         self.tables = list(tables)
         self._last: int | None = None
@@ -34,6 +41,17 @@ class Stream:
         """The most that is asked for at once: the block being computed and the one after it."""
         sizes = [stop - start for start, stop in self.blocks]
         return max((a + b for a, b in zip(sizes, sizes[1:] or [0], strict=False)), default=0)
+
+    def make_room(self, room: int) -> None:
+        """Keep no cache of the file where only so many bytes of memory are left for it, and those are too few."""
+        if self._path is None or self._file is not None or not hasattr(os, "posix_fadvise"):
+            return
+        if room < WORTH_KEEPING * len(self._mapping):
+            try:
+                self._file = os.open(self._path, os.O_RDONLY)
+            except OSError:  # another process has removed the file, which stays mapped here
+                return
+            weakref.finalize(self, os.close, self._file)
 
     def enter(self, block: int) -> None:
         """Call it before a block is computed, forward or backward."""
@@ -48,12 +66,17 @@ class Stream:
 
     def leave(self, block: int) -> None:
         """Call it when a block's weights are not needed until the next pass."""
-        self._advise("MADV_DONTNEED", self.blocks[block])
+        self._release(self.blocks[block])
 
     def drop_table(self) -> None:
         """Call it after the embedding or the LM head was used, or a tile of it."""
         for table in self.tables:
-            self._advise("MADV_DONTNEED", table)
+            self._release(table)
+
+    def _release(self, part: Range) -> None:
+        self._advise("MADV_DONTNEED", part)
+        if self._file is not None:
+            os.posix_fadvise(self._file, part[0], part[1] - part[0], os.POSIX_FADV_DONTNEED)
 
     def _turn(self, block: int) -> None:
         """Infer the direction: a block entered twice is where a pass turns; the first block is where one begins."""

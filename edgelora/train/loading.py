@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from edgelora import hardware
 from edgelora.adapters import inject, scales
 from edgelora.adapters.lora import LoRASettings
 from edgelora.data.prepare import Prepared
@@ -88,6 +89,9 @@ def load_planned(
 def keep_as_planned(network: Model, folder: Path, plan: Plan) -> None:
     """Let the model keep for backward what the plan says; a scratch file would be in `folder`."""
     network.keeping = plan.keeping(folder)
+    stream = getattr(network, "stream", None)
+    if stream is not None:
+        stream.make_room(hardware.memory_limit() - int(plan.predicted_peak_mb * (1 << 20)))
 
 
 def load(source: ModelSource, run: Run, stages: Stages) -> Model:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -39,7 +40,8 @@ MB = 1 << 20
 FIRST_SHARES, WHOLE = (0.25, 0.5), (0.5, 1.0)  # of the largest piece
 REHEARSALS = 2
 ROUNDED = 14  # layers that are rounded for their time
-LONG = 3.0  # seconds from which a pass is not made again for its time: what disturbs it is small beside it
+LONG = 10.0  # seconds from which a pass is not made again for its time: what disturbs it is small beside it
+REPEATS, REPEATED = 3, 4.0  # passes for the time of a part, of which the median counts; seconds after which one is the last
 CROWDED = 1.5  # times what is resident: a memory limit below makes the system drop pages that are in use
 CLEAR = 24 * MB  # a difference in memory that is more than noise
 PATIENCE = 0.001  # seconds between two looks at the memory
@@ -77,13 +79,20 @@ class Probe:
             found = [self._part(part, watched=True, keep=accumulate) for part in parts]
             for index, part in enumerate(parts):
                 if timed and found[index].seconds < LONG:
-                    again = self._part(self.as_new(part), watched=False, keep=accumulate)
-                    found[index] = dataclasses.replace(found[index], seconds=again.seconds)
+                    found[index] = dataclasses.replace(found[index], seconds=self._time(part, keep=accumulate))
         finally:
             self._forget()
             self.model.train(training)
             torch.set_rng_state(random)
         return found
+
+    def _time(self, examples: list[Example], *, keep: bool) -> float:
+        """Return the median seconds of a few passes."""
+        taken: list[float] = []
+        while len(taken) < REPEATS and sum(taken) < REPEATED:
+            examples = self.as_new(examples)
+            taken.append(self._part(examples, watched=False, keep=keep).seconds)
+        return statistics.median(taken)
 
     def as_new(self, examples: list[Example]) -> list[Example]:
         """Return rows of another length, where lengths vary: in training too, products are compiled for nearly every step."""

@@ -43,7 +43,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--what", type=parts, default=PARTS, metavar="PART,…")
     parser.add_argument("--model", action="append", choices=models.NAMES, help="may be given more than once; default: smollm2")
     parser.add_argument("--steps", type=at_least_one, default=8, help="steps that count, after the first; default: 8")
-    parser.add_argument("--repeats", type=at_least_one, default=3, help="rounds of the speed part; default: 3")
+    parser.add_argument("--repeats", type=at_least_one, default=3, help="rounds of speed and plan; default: 3")
     parser.add_argument("--curve-steps", type=at_least_one, default=40, help="default: 40")
     parser.add_argument("--precision", type=lambda text: text.split(","), default=["fp32", "int4"], help="default: fp32,int4")
     parser.add_argument("--valid-rows", type=at_least_one, default=4, help="rows of our closing table; default: 4")
