@@ -23,6 +23,7 @@ buffer it is shorter than the buffer. Rows of a batch are padded on the right.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -62,17 +63,17 @@ class Bundle:
     config: dict[str, Any] = field(repr=False)  # config.json
 
 
-def open_bundle(path: str | Path, *, verify: bool = True) -> Bundle:
+def open_bundle(path: str | Path, *, verify: bool = True, known: Callable[[Path], Collection[Path]] | None = None) -> Bundle:
     """Open a bundle folder.
 
     Raises FolderError where it is no bundle, a newer one, or damaged: each file is compared with the manifest's sha256
-    (`verify=False` skips that for a bundle that was checked before).
+    (`verify=False` skips that for a bundle that was checked before; `known`, given the graph's path, names files that were).
     """
     folder = Path(path)
     manifest = read_manifest(folder, "bundle")
     try:
         if verify:
-            check_files(folder, manifest)
+            check_files(folder, manifest, known(inside(folder, manifest["model_file"])) if known is not None else ())
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         model_path = inside(folder, manifest["model_file"])
         tokens = manifest["tokens"]

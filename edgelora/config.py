@@ -113,14 +113,16 @@ class FinetuneConfig:
         None, "Alphas of layers that have their own, by the end of the layer's name.", allowed=ABOVE_0
     )
     optimizer_bits: int | None = setting(None, "Bits of AdamW's moments. Default: the most that fits.", choices=(32, 8))
-    grid_start: str = setting(
-        "nearest",
-        "What is rounded at first: the model's weights, or what makes up for errors on training rows.",
+    grid_start: str | None = setting(
+        None,
+        "What is rounded at first: the model's weights, or what makes up for errors on training rows. Default: the latter "
+        "for language models, where memory leaves the room.",
         choices=("nearest", "calibrated"),
     )
-    grid_scales: str = setting(
-        "max",
-        "Block scales while rounding: of each block's extreme, or learned beside the adapters.",
+    grid_scales: str | None = setting(
+        None,
+        "Block scales while rounding: of each block's extreme, or learned beside the adapters. Default: learned "
+        "for language models, where memory leaves the room.",
         choices=("max", "learned"),
     )
     grid_activations: str = setting(

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -139,14 +139,17 @@ def read_manifest(folder: Path, *kinds: str) -> dict[str, Any]:
     return dict(manifest)
 
 
-def check_files(folder: Path, manifest: dict[str, Any]) -> None:
-    """Compare the files of a folder with the sha256 that its manifest lists; raises FolderError naming every bad one."""
+def check_files(folder: Path, manifest: dict[str, Any], known: Container[Path] = ()) -> None:
+    """Compare the files of a folder with the sha256 that its manifest lists; raises FolderError naming every bad one.
+
+    Those that are `known` to be as they were when they were checked before must only be there.
+    """
     bad = []
     for name, digest in manifest["files"].items():
         path = inside(folder, name)
         if not path.is_file():
             bad.append(f"{name}: missing")
-        elif sha256(path) != digest:
+        elif path not in known and sha256(path) != digest:
             bad.append(f"{name}: changed")
     if bad:
         raise FolderError("\n  ".join([f"{folder} is damaged:", *bad]), hint="make it again with --overwrite")

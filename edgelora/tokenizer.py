@@ -7,13 +7,15 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tokenizers
 from tokenizers.decoders import DecodeStream as NativeStream
 
-from edgelora.chat_template import ChatTemplate, Message, Span
 from edgelora.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from edgelora.chat_template import ChatTemplate, Message, Span
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -161,6 +163,8 @@ class Tokenizer:
             raise ModelError(
                 "the tokenizer has no chat template", hint="give prompt and completion, or text, instead of messages"
             )
+        from edgelora.chat_template import ChatTemplate  # jinja2, which texts without a chat do without
+
         return ChatTemplate(self.chat_template, self.special_tokens)
 
     def render_chat(

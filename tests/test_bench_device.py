@@ -14,6 +14,7 @@ import tiny
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))  # where the benchmark lies; it is no part of the package
 pytest.importorskip("resource")
 
+import readme_device
 from device_bench import files, gguf_file, speed
 from device_bench.sides import timing
 from merge_bench import environments
@@ -48,7 +49,8 @@ def test_sides_take_turns_on_the_same_tokens(work: Path, monkeypatch: pytest.Mon
         turns.append((command[0], name))
         requests.append(json.loads(Path(command[4]).read_text(encoding="utf-8")))
         peak = 90.0 if name == "edgelora" else 100.0
-        return Measured(command, 0, 1.0, peak, peak, None, 0.0, result={**FIGURES[name], "answers": [[1]]})
+        loss = {"loss": 2.7 if name == "edgelora" else 3.0} if requests[-1]["text"] else {}
+        return Measured(command, 0, 1.0, peak, peak, None, 0.0, result={**FIGURES[name], **loss, "answers": [[1]]})
 
     monkeypatch.setattr(speed, "run", run)
     results = Results(work / "device.json", {"commit": "abc"})
@@ -59,6 +61,7 @@ def test_sides_take_turns_on_the_same_tokens(work: Path, monkeypatch: pytest.Mon
         "python-of-llama",
         "python-of-onnx",
     ] * 2
+    assert [len(request["text"]) for request in requests] == [speed.TEXT_TOKENS] * 4 + [0] * 4
     assert all(request["prompts"] == requests[0]["prompts"] for request in requests)
     assert [len(prompt) for prompt in requests[0]["prompts"]] == [16] * speed.PROMPTS
     assert [row["side"] for row in rows] == [
@@ -66,9 +69,44 @@ def test_sides_take_turns_on_the_same_tokens(work: Path, monkeypatch: pytest.Mon
     ]  # fmt: skip
     assert rows[-1] == {
         "side": "EdgeLoRA / better peer", "prefill, tok/s": 1.5, "decode, tok/s": 1.25, "load, s": 0.5, "peak, MB": 0.9,
-        "anonymous, MB": None,
+        "anonymous, MB": None, "loss": 0.9,
     }  # fmt: skip
     assert results.content["parts"]["speed/smollm2"] == rows
+
+
+def test_a_trimmed_bundle_gets_tokens_that_it_has_and_no_text(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = []
+
+    def run(command: list[str], **_: Any) -> Measured:
+        requests.append(json.loads(Path(command[4]).read_text(encoding="utf-8")))
+        return Measured(command, 0, 1.0, 1.0, 1.0, None, 0.0, result={**FIGURES["edgelora"], "answers": [[1]]})
+
+    monkeypatch.setattr(speed, "run", run)
+    manifest = {"vocabulary": {"before": 300, "after": 50}, "decoder": {"vocab_size": 50}}
+    (work / "trimmed").mkdir()
+    (work / "trimmed" / "edgelora.json").write_text(json.dumps(manifest), encoding="utf-8")
+    results = Results(work / "device.json", {"commit": "abc"})
+    speed.measure("smollm2", results, work, bundles=[work / "trimmed"], rounds=1, threads=2, lengths=(16, 8))
+    trimmed, other, *_ = requests
+    assert trimmed["text"] == [] != other["text"]
+    assert trimmed["prompts"] == [[token % 50 for token in ids] for ids in other["prompts"]]
+
+
+def test_what_the_page_shows_comes_from_results_of_one_machine(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = Measured(["it"], 0, 1.0, 90.0, 90.0, None, 0.0, result={**FIGURES["edgelora"], "answers": [[1]]})
+    monkeypatch.setattr(speed, "run", lambda *_, **__: done)
+    machine = {"processor": "P", "architecture": "x86_64", "physical_cores": 2, "isa": ["AVX2"], "ram_mb": 8192}
+    results = Results(work / "device.json", machine)
+    speed.measure("smollm2", results, work, bundles=[], rounds=3, threads=2, lengths=(16, 8))
+    found = readme_device.condense([work / "device.json"])
+    assert found["machine"] == "2 cores of P (AVX2), x86_64, 8 GB"
+    [(title, rows)] = readme_device.tables(found)
+    assert title == "SmolLM2-135M: 16 tokens of prompt and 8 after it, 2 threads, medians of 3 processes of each side in turn"
+    assert rows[0]["decode, tok/s"] == 150
+    assert rows[0]["loss"] == "–"
+    (work / "other.json").write_text((work / "device.json").read_text(encoding="utf-8").replace('"P"', '"Q"'), encoding="utf-8")
+    with pytest.raises(SystemExit, match="another machine"):
+        readme_device.condense([work / "device.json", work / "other.json"])
 
 
 def test_a_side_that_fails_is_named(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,12 +131,17 @@ def test_a_side_times_all_prompts_but_the_first(
             self.steps += 1
             return token + 1
 
-    (tmp_path / "request.json").write_text(json.dumps({"prompts": [[1, 2], [3, 4]], "new_tokens": 3}), encoding="utf-8")
+        def logits(self, ids: list[int], *, fresh: bool) -> np.ndarray:
+            return np.log(np.array([0.5, 0.25, 0.125, 0.125], np.float32))
+
+    request = {"prompts": [[1, 2], [3, 4]], "new_tokens": 3, "text": [3, 0, 1]}
+    (tmp_path / "request.json").write_text(json.dumps(request), encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["side", str(tmp_path / "request.json")])
     timing.main(Counter)
     printed = json.loads(capsys.readouterr().out)
     assert printed["answers"] == [[2, 3, 4, 5], [4, 5, 6, 7]]
     assert printed["decode_tokens_per_s"] > 0
+    assert printed["loss"] == pytest.approx((np.log(2) + np.log(4)) / 2)
     assert printed["load_s"] > 0
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgelora.quant.bits import LARGEST_SHARE, choose_bits, outliers
+from edgelora.quant.bits import LARGEST_SHARE, choose_bits, outliers, packed_groups
 
 SHAPES = {f"layers.{i}": (64, 64) for i in range(20)} | {"embed": (1000, 64)}
 ERRORS = {f"layers.{i}": 0.088 for i in range(20)}
@@ -29,6 +29,18 @@ def test_outliers_stop_at_their_share_of_the_weights_worst_first() -> None:
     errors = {**ERRORS, "layers.1": 0.2, "layers.2": 0.3, "layers.3": 0.25}
     assert LARGEST_SHARE * len(linears) == 2
     assert outliers(linears, errors) == ["layers.2", "layers.3"]
+
+
+def test_layers_of_one_product_are_stored_alike() -> None:
+    """q, k and v are raised together by their common error, so that they stay one product; o is on its own."""
+    names = ("q_proj", "k_proj", "v_proj", "o_proj")
+    shapes = {f"layers.{i}.{name}": (16, 64) for i in range(20) for name in names} | {"layers.0.gate_proj": (16, 64)}
+    errors = {**dict.fromkeys(shapes, 0.088), "layers.3.k_proj": 0.12}
+    bits = choose_bits("int4", shapes, errors, {})
+    assert [path for path, value in bits.items() if value == 8] == [f"layers.3.{name}" for name in names[:3]]
+    assert packed_groups(["a.q_proj", "a.o_proj", "a.v_proj", "b.q_proj", "gate_proj", "up_proj"]) == [
+        ("a.q_proj", "a.v_proj"), ("a.o_proj",), ("b.q_proj",), ("gate_proj", "up_proj"),
+    ]  # fmt: skip
 
 
 def test_no_linear_layers_is_no_outliers() -> None:

@@ -71,6 +71,8 @@ def test_what_the_grid_keeps_is_what_its_tensors_take(source: ModelSource, shape
     assert costs.rounded_bytes(shape, settings) - costs.ROUNDING == rounded
     whole = dataclasses.replace(settings, grid_start=True, grid_scales=True)
     assert costs.rounded_bytes(shape, whole) - costs.ROUNDING == rounded + started + 16 * logs
+    # A probe of the model has the scales and their gradients, but neither moments nor the start.
+    assert costs.later_bytes(shape, whole) - costs.later_bytes(shape, settings) == started + 8 * logs
 
 
 @pytest.mark.parametrize(("family", "lengths", "rank", "init"), [
@@ -185,7 +187,7 @@ def test_streaming_keeps_a_few_blocks(shape: ModelShape) -> None:
 
 def test_eight_bit_moments_are_a_quarter(shape: ModelShape) -> None:
     targets = targeted(shape, "all-linear", 8)
-    full, small = (costs.moment_bytes(shape, Settings(8, 1, 0, optimizer_bits=bits, targets=targets)) for bits in (32, 8))
+    full, small = (costs.later_bytes(shape, Settings(8, 1, 0, optimizer_bits=bits, targets=targets)) for bits in (32, 8))
     assert 0.25 < small / full < 0.27
 
 

@@ -13,11 +13,12 @@ import torch
 from tiny import save_decoder
 from tolerances import MERGED_FORWARD
 
-from edgelora.adapters import inject, peft_format
+from edgelora.adapters import inject, learned_scales, peft_format
 from edgelora.adapters.lora import LoRA, LoRASettings
 from edgelora.config import FinetuneConfig
-from edgelora.errors import FolderError
+from edgelora.errors import FolderError, SettingsError
 from edgelora.evaluate import evaluate
+from edgelora.export.adapters import refuse_unbranched
 from edgelora.folder import read_manifest
 from edgelora.merging.merge import merge
 from edgelora.models.linear import FrozenLinear
@@ -111,6 +112,36 @@ def test_scales_are_learned(learned: Trained) -> None:
     assert all(torch.equal(tensor.scales, tensor.scales.bfloat16().float()) for tensor in learned.last.values())
 
 
+def test_unrounded_weights_have_the_learned_scales_too(learned: Trained, tmp_path: Path) -> None:
+    """As the closing table, `evaluate --float`, a merge to fp32 and one to int8 see them; without, A and B are half of it."""
+    results = {row["what"]: row for row in read_manifest(learned.folder, "run")["results"]}
+    ours = results["fp32 adapter"]["loss"]
+    again = evaluate(learned.folder, generate=False, float_=True)["metrics"]["loss"]
+    assert again == pytest.approx(ours, rel=1e-2)  # on a base of 32 bits instead of 16
+    for precision, off in (("fp32", 1e-4), ("int8", 1e-2)):
+        merge(learned.folder, tmp_path / precision, precision=precision, force=True)
+        rows = str(learned.folder / "data" / "valid.jsonl")
+        assert evaluate(tmp_path / precision, rows, generate=False)["metrics"]["loss"] == pytest.approx(again, rel=off)
+    model = load_model(open_model(str(learned.folder)), "text-generation", base_bits=32)
+    adapter = peft_format.load(learned.folder)
+    peft_format.apply(model, adapter)
+    x = torch.randn(3, 32)
+    for path, layer in inject.adapters(model).items():
+        if path not in adapter.scales.logs or layer.in_features != 32:
+            continue
+        wanted = adapter.merged_weight(path, layer.base.weight_fp32())
+        assert not torch.equal(wanted, layer.merge())
+        torch.testing.assert_close(layer(x), x @ wanted.t(), **MERGED_FORWARD)
+    assert adapter.scales.logs
+    with pytest.raises(SettingsError, match="learned block scales rescale the weight itself"):
+        refuse_unbranched(adapter, list(adapter.factors), "run")
+    file = tmp_path / "run"
+    shutil.copytree(learned.folder, file)
+    (file / learned_scales.FILE).write_bytes(b"cut short")
+    with pytest.raises(FolderError, match=r"block_scales\.safetensors is damaged"):
+        peft_format.load(file)
+
+
 def test_a_run_without_its_rounded_layers_is_refused(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / on_grid.ROUNDED).write_bytes(b"cut short")
@@ -162,7 +193,7 @@ def test_block_scales_have_the_gradient_of_their_formula(inputs: int, monkeypatc
     base = FrozenLinear.from_weight("block.q_proj", torch.randn(24, inputs), torch.randn(24), 32, 32)
     layer = moved(LoRA.from_base(base, LoRASettings(rank=4)))
     layer.grid = (4, 32)
-    layer.learn_scales()
+    layer.learn_scales(32)
     x, wanted = torch.randn(5, inputs), torch.randn(5, 24)
     with torch.no_grad():
         layer.log_scales.normal_(0.0, 0.1)
@@ -182,7 +213,7 @@ def test_block_scales_have_the_gradient_of_their_formula(inputs: int, monkeypatc
 def test_a_sample_of_tokens_stands_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = moved(LoRA.from_base(make_linear(), LoRASettings(rank=4)))
     layer.grid = (4, 32)
-    layer.learn_scales()
+    layer.learn_scales(32)
     x, grad = torch.randn(1, 64), torch.randn(1, 24)
     sampled = layer.scale_gradient(grad.repeat(8, 1), x.repeat(8, 1))
     monkeypatch.setattr("edgelora.adapters.lora.TOKENS_PER_SCALE", 1)

@@ -12,7 +12,7 @@ import pytest
 
 import edgelora
 from edgelora.bundle import open_bundle
-from edgelora.errors import SettingsError
+from edgelora.errors import FolderError, SettingsError
 from edgelora.run import packed
 from edgelora.run.decoder import DecoderSession
 
@@ -63,6 +63,23 @@ def test_the_second_session_opens_the_entry_and_can_select_and_score(
     assert opened == [entries(cache)[0] / packed.GRAPH]
     assert (second.selects, second.vocab_size, second.cache_shapes) == (first.selects, first.vocab_size, first.cache_shapes)
     np.testing.assert_array_equal(second.score(IDS), first.score(IDS))
+
+
+def test_packed_weights_are_not_read_to_be_checked_until_they_change(model: Path, cache: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(model.parents[1], tmp_path / "bundle")
+    copy = open_bundle(bundle).model_path
+    assert packed.packed_from(copy) == ()
+    answer = edgelora.load(bundle, threads=1).generate("a b", max_new_tokens=4)
+    weights = copy.with_name(f"{copy.name}_data")
+    assert packed.packed_from(copy) == (copy, weights)
+    assert edgelora.load(bundle, threads=1).generate("a b", max_new_tokens=4) == answer
+    before = weights.stat()
+    changed = bytearray(weights.read_bytes())
+    changed[7] ^= 1
+    weights.write_bytes(changed)
+    os.utime(weights, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+    with pytest.raises(FolderError, match=r"model_q4\.onnx_data: changed"):
+        edgelora.load(bundle, threads=1)
 
 
 def test_a_damaged_entry_is_replaced(model: Path, cache: Path) -> None:

@@ -91,7 +91,8 @@ def test_no_other_settings_of_the_line_are_faster_within_the_budget(source: Mode
 
 
 def test_what_changes_the_result_is_given_up_last(source: ModelSource) -> None:
-    """Line by line as choose.py states: training on the grid, then file and 8-bit moments; streaming changes nothing."""
+    """Line by line as choose.py states: what goes with the grid, the grid, then file and 8-bit moments; streaming changes
+    nothing."""
     found = planner_of(source, ram="100GB")
     situation = found.situation
     lines = choose.lines(situation.config)
@@ -106,8 +107,28 @@ def test_what_changes_the_result_is_given_up_last(source: ModelSource) -> None:
     assert all(later < earlier for earlier, later in itertools.pairwise(least))
     for number, peak in enumerate(least):
         settings = dataclasses.replace(found, budget=round(peak / choose.MARGIN) + 1).plan()[1].settings
-        given_up = (settings.grid_bits is None, settings.keep_in_file, settings.optimizer_bits == 8)
-        assert given_up[number:] == (False,) * (3 - number), (number, settings)
+        plain = not settings.grid_start or not settings.grid_scales
+        given_up = (plain, settings.grid_bits is None, settings.keep_in_file, settings.optimizer_bits == 8)
+        assert given_up[number:] == (False,) * (4 - number), (number, settings)
+
+
+def test_what_goes_with_the_grid_goes_before_it_and_is_said_unless_the_user_asks_for_it(source: ModelSource) -> None:
+    free = planner_of(source, ram="100GB")
+    assert (free.plan()[0].grid_start, free.plan()[0].grid_scales) == ("calibrated", "learned")
+    full = min(
+        free.situation.judge(dataclasses.replace(settings, kept_blocks=0)).peak
+        for stream in (False, True)
+        for settings in choose.candidates(free.situation, Line(stream=stream))
+    )
+    tight = round(full / choose.MARGIN) - MB
+    found = made(source, ram=tight)
+    assert (found.grid_start, found.grid_scales) == ("nearest", "max")
+    said = [note for note in found.notes if note.startswith("trained on the grid without learning block scales and a start")]
+    assert len(said) == 1
+    asked = made(source, ram=tight, grid_scales="learned")
+    assert (asked.grid_start, asked.grid_scales) == ("nearest", "learned")
+    assert made(source, ram="100GB", precision="int8").grid_scales == "max"
+    assert made(source, ram="100GB", dora=True).grid_start == "nearest"
 
 
 def test_what_was_given_up_is_said_in_order(source: ModelSource) -> None:

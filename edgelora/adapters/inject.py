@@ -139,8 +139,10 @@ def put_on_grid(model: nn.Module, grid: dict[str, Any]) -> None:
             continue
         adapter.grid = (int(grid["bits"][path]), int(grid["block_size"]))
         adapter.input_block = adapter.grid[1] if grid.get("activations") == "int8" else 0
-        if grid.get("scales") == "learned" and adapter.grid[0] < 8:
-            adapter.learn_scales()
+        if grid.get("scales") != "learned" or adapter.grid[0] == 8:
+            adapter.log_scales = None
+        elif adapter.log_scales is None:  # a run's own may be there already
+            adapter.learn_scales(adapter.grid[1])
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from edgelora.adapters.initialize import FROM_WEIGHT, INITIALIZATIONS, Start, from_pattern
+from edgelora.adapters.learned_scales import times
 from edgelora.models.convolution import GEOMETRY, FrozenConv
 from edgelora.models.linear import FrozenLinear
 from edgelora.models.linear_group import LinearGroup, linears
@@ -25,7 +26,7 @@ from edgelora.quant.grid import QuantizedTensor, dequantize, quantize
 if TYPE_CHECKING:
     from edgelora.config import FinetuneConfig
 
-TOKENS_PER_SCALE = 4  # the gradient of block scales is a matrix product more: on all tokens a third of a step's time
+TOKENS_PER_SCALE = 2  # the gradient of block scales is a matrix product more
 
 
 @dataclass(frozen=True)
@@ -47,17 +48,9 @@ class LoRASettings:
 
     @classmethod
     def from_config(cls, config: FinetuneConfig) -> Self:
-        return cls(
-            config.rank,
-            config.alpha,
-            config.rslora,
-            config.dora,
-            config.dropout,
-            config.seed,
-            config.init,
-            config.rank_pattern or {},
-            config.alpha_pattern or {},
-        )
+        patterns = config.rank_pattern or {}, config.alpha_pattern or {}
+        plain = config.rank, config.alpha, config.rslora, config.dora, config.dropout, config.seed, config.init
+        return cls(*plain, *patterns)
 
     def rank_of(self, path: str) -> int:
         return from_pattern(self.rank_pattern, path, self.rank)
@@ -99,11 +92,11 @@ def combine(weight_NK: Tensor, factors: Factors) -> Tensor:
 class LoRA(nn.Module):
     """An adapter around a frozen linear layer or convolution. `enabled = False` gives the base layer's output.
 
-    With `grid`, (bits, block size), the layer computes with the merged weight as it ships: rounded, unless `unrounded` is set
-    for a while. What is rounded is `start` + s·BA, where a start that makes up for errors was given (train/start.py). Block
-    scales are those of `quantize` times exp(`log_scales`), where these are trained too (`learn_scales`). `shipped` is the
-    rounded weight of a run that is over. With `initial`, (A0, B0), the layer acts by what its product has become since:
-    s·(BA - B0 A0), of rank 2r (initialize.py).
+    With `grid`, (bits, block size), the layer computes with the merged weight as it ships: rounded, unless `unrounded` is set.
+    What is rounded is `start` + s·BA, where a start that makes up for errors was given (train/start.py). Block scales are those
+    of `quantize` times exp(`log_scales`), where these are trained too; unrounded weights are multiplied by it likewise.
+    `shipped` is the rounded weight of a run that is over. With `initial`, (A0, B0), the layer acts by what its product has
+    become since: s·(BA - B0 A0), of rank 2r (initialize.py).
     """
 
     def __init__(self, base: FrozenLinear | FrozenConv, factors: Factors, dropout: float = 0.0) -> None:
@@ -117,6 +110,7 @@ class LoRA(nn.Module):
         self.unrounded = False
         self.input_block = 0  # by which the input is rounded to int8 there
         self.log_scales: nn.Parameter | None = None
+        self.scale_block = 0  # inputs that share one of them
         self.start: QuantizedTensor | None = None
         self.shipped: QuantizedTensor | None = None
         self.initial: tuple[Tensor, Tensor] | None = None
@@ -215,30 +209,38 @@ class LoRA(nn.Module):
     @property
     def apart(self) -> bool:
         """Whether s·BA is added to the frozen layer's product, and is not part of the weight, as it is on the grid."""
-        return not self.enabled or self.grid is None or self.unrounded
+        return not self.enabled or not (self.rounds or self.log_scales is not None)
+
+    @property
+    def rounds(self) -> bool:
+        return self.grid is not None and not self.unrounded
 
     def trained(self) -> tuple[Factors, Factors] | None:
         """Return the parameters themselves, and how they act, unless the adapter is switched off."""
         return (Factors(self.lora_A, self.lora_B, self.scale), self.factors) if self.enabled else None
 
     def weight_data(self) -> Tensor | QuantizedTensor:
-        """Return the frozen weight `[N, K]` as it is stored, or on the grid Q(W0 + s·BA)."""
-        return self.frozen.weight_data() if self.apart else self.rounded()
+        """Return the frozen weight `[N, K]` as it is stored, or on the grid Q(W0 + s·BA), or that weight unrounded."""
+        if self.apart:
+            return self.frozen.weight_data()
+        if self.rounds or self.log_scales is None:
+            return self.rounded()
+        return times(self.merge(), self.log_scales.detach(), self.scale_block)
 
-    def learn_scales(self) -> None:
-        """Let the block scales be trained with the adapter: from now on there is a parameter more. Needs `grid`."""
-        assert self.grid is not None
-        self.log_scales = nn.Parameter(torch.zeros(self.out_features, -(-self.in_features // self.grid[1])))
+    def learn_scales(self, block_size: int, logs: Tensor | None = None) -> None:
+        """Let block scales be trained with the adapter, from now on a parameter more; `logs`: what they have become."""
+        logs = torch.zeros(self.out_features, -(-self.in_features // block_size)) if logs is None else logs
+        self.log_scales, self.scale_block, self._rounded = nn.Parameter(logs), block_size, None
 
     def scaled(self) -> Tensor | None:
         """Return the trained logarithms of the block scales, None where they are not trained or the layer is not rounded."""
-        return None if self.apart else self.log_scales
+        return self.log_scales if self.enabled and self.rounds else None
 
     def scale_gradient(self, grad_TN: Tensor, h_TK: Tensor) -> Tensor:
         """Return the gradient of `log_scales`: s·Σ dW (q - z) over each block, s = bf16(s_max · exp(log_scales)).
 
         The codes are those of W / s_max and do not depend on what is learned (LR-QAT, arXiv 2406.06385, section 3). The
-        rounding of s to bf16 counts as if it were none. One token in TOKENS_PER_SCALE is looked at, and counts as so many.
+        rounding of s to bf16 counts as none. One token in TOKENS_PER_SCALE is looked at, and counts as so many.
         """
         tensor = self.rounded()
         # Copies: oneDNN has no kernel for rows that lie apart, and takes 800 times as long over them.
@@ -261,10 +263,7 @@ class LoRA(nn.Module):
         return self._norms[1]
 
     def rounded(self) -> QuantizedTensor:
-        """Return the merged weight on the grid, rounded once after each change of what is trained, in the same memory.
-
-        Needs `grid`.
-        """
+        """Return the merged weight on the grid, rounded once after each change of what is trained, in the same memory."""
         if self.shipped is not None:
             return self.shipped
         assert self.grid is not None
@@ -288,7 +287,7 @@ class LoRA(nn.Module):
 
     def ship(self, tensor: QuantizedTensor) -> None:
         """Compute with this weight from now on: training is over."""
-        self.shipped, self.log_scales, self._rounded = tensor, None, None
+        self.shipped, self._rounded = tensor, None
 
     def delta(self) -> Tensor:
         """Return what the adapter adds to the weight, s·BA or s·(BA - B0 A0), fp32 `[N, K]`."""

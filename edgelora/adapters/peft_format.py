@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from edgelora.adapters.inject import adapters, frozen_layers, matches, suffixes
+from edgelora.adapters.learned_scales import LearnedScales
 from edgelora.adapters.lora import Factors, LoRA
 from edgelora.adapters.peft_config import (
     CONFIG,
@@ -79,6 +80,7 @@ class AdapterFile:
     parameters: bool = False  # trained with target_parameters
     notes: tuple[str, ...] = ()
     kernels: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of a convolution's path: inputs per group, kernel
+    scales: LearnedScales = field(default_factory=LearnedScales)  # which a run of ours has beside the factors
 
     @property
     def paths(self) -> set[str]:
@@ -202,6 +204,7 @@ def load(folder: Path) -> AdapterFile:
         tokens={path: (torch.tensor(tokens_of(config, path)), found) for path, found in rows.items()},
         shifts={f"{path}.bias": scales[path] * part["bias"].float() for path, part in parts.items() if "bias" in part},
         parameters=bool(config.get("target_parameters")),
+        scales=LearnedScales.read(folder),
         notes=tuple(notes(folder, config)),
         kernels=kernels,
     )
@@ -262,6 +265,8 @@ def apply(model: Model, adapter: AdapterFile) -> None:
             model.replace_linear(path, LoRA(layers[path], factors, adapter.dropout))
         else:
             layer.set_factors(factors)
+    for path, logs in adapter.scales.logs.items():
+        adapters(model)[path].learn_scales(adapter.scales.block_size, logs)
     for name, tensor in adapter.saved_modules.items():
         if replaced[name].shape != tensor.shape:
             raise FolderError(f"the adapter's {name} has shape {list(tensor.shape)}; this model's {list(replaced[name].shape)}")

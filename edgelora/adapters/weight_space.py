@@ -34,7 +34,7 @@ def with_factors(adapter: AdapterFile, path: str, weight_NK: Tensor) -> Tensor:
     if adapter.takes_part(path):
         weight_NK = weight_NK - base_part(adapter, path, weight_NK)
     if path not in adapter.embeddings or factors.magnitude is None:
-        return combine(weight_NK, factors)
+        return adapter.scales.times(path, combine(weight_NK, factors))
     # DoRA's norm is that of an output's weights: of an embedding [V, H], the columns.
     turned = Factors(factors.b.t(), factors.a.t(), factors.scale, factors.magnitude)
     return combine(weight_NK.t(), turned).t().contiguous()
@@ -58,7 +58,7 @@ def delta(adapter: AdapterFile, path: str, weight_NK: Tensor) -> Tensor:
     factors = adapter.factors.get(path)
     if factors is None:
         return torch.zeros(weight_NK.shape)
-    if factors.magnitude is not None or adapter.takes_part(path):
+    if factors.magnitude is not None or adapter.takes_part(path) or path in adapter.scales.logs:
         return with_factors(adapter, path, weight_NK) - weight_NK.float()
     check_shape(path, factors, (weight_NK.shape[0], weight_NK.shape[1]))
     return (factors.b.float() @ factors.a.float()).mul_(factors.scale)

@@ -105,6 +105,8 @@ def refuse_unbranched(adapter: AdapterFile, paths: Collection[str], what: str) -
     problems = []
     if adapter.dora:
         problems.append("DoRA rescales the weight itself")
+    if adapter.scales.logs:
+        problems.append('learned block scales rescale the weight itself; a run with grid_scales = "max" has none')
     if adapter.saved_modules:
         problems.append(f"tensors that were trained whole: {', '.join(sorted(adapter.saved_modules)[:3])}")
     unknown = sorted(set(adapter.factors) - set(paths))

@@ -187,14 +187,10 @@ class LinearGroup:
         factors = [tensor for _, _, parameters, _ in self.trained() for tensor in (parameters.a, parameters.b)]
         return factors + [scales for member in self.members if (scales := member.scaled()) is not None]
 
-    def scale_gradients(self, grad_TN: Tensor, x_TK: Tensor, f: Elementwise | None) -> list[Tensor]:
-        """Return the gradients of the trained block scales for the group's gradient and its input x."""
+    def scaled(self) -> list[tuple[Member, slice]]:
+        """Return the layers whose block scales are trained, and their rows of the group's weight."""
         rows = [(member, slice(*self.starts[i : i + 2])) for i, member in enumerate(self.members)]
-        scaled = [(member, own) for member, own in rows if member.scaled() is not None]
-        if not scaled:
-            return []
-        h_TK = x_TK if f is None else f.compute(x_TK)[0]
-        return [member.scale_gradient(grad_TN[:, own], h_TK) for member, own in scaled]
+        return [(member, own) for member, own in rows if member.scaled() is not None]
 
 
 def packed(weights: Sequence[Weight], most: int) -> list[list[Weight]]:
@@ -243,14 +239,17 @@ class _Linears(torch.autograd.Function):
         wants_x, wants_residual = ctx.needs_input_grad[:2]
         grad = outer if ctx.scale == 1.0 else outer * ctx.scale
         dx = group.pulled_back(grad) if wants_x else None
-        stacked, trained = group.stacked(), group.scale_gradients(grad, x, f)
+        stacked, scaled = group.stacked(), group.scaled()
+        h = x if f is None or (stacked is None and not scaled) else f.compute(x)[0]
+        trained = [member.scale_gradient(grad[:, own], h) for member, own in scaled]
         if stacked is not None:
             pulled_TR = gemm.linear(grad, stacked.scaled_b.t())
-            trained = adapter_gradients(stacked, pulled_TR, low_TR, grad, x if f is None else f.compute(x)[0]) + trained
+            trained = adapter_gradients(stacked, pulled_TR, low_TR, grad, h) + trained
             if dx is not None and stacked.acting is not None:
                 if stacked.acting is not stacked.scaled_b:
                     pulled_TR = gemm.linear(grad, stacked.acting.t())
                 dx.addmm_(pulled_TR, stacked.a)
+        del h
         if dx is not None and f is not None:
             dx = f.gradient(dx, x, *stats)
         return dx, outer if wants_residual else None, None, None, None, *trained

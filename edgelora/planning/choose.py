@@ -5,9 +5,11 @@ What the user left open shrinks in this order, and a later line is looked at onl
 1. rows computed at once, blocks computed again in backward (one by one, the first ones first), keeping in bf16, bits of the
    frozen weights, streaming (they are dropped from memory after each use and read again): among these the fastest counts, and
    of two within a hundredth the one with more bits and more rows
-2. training on the grid that ships, which needs frozen weights of at least 8 bits: 4 bits
-3. block inputs in a scratch file
-4. moments of the optimizer in 8 bits
+2. where training on the grid that ships begins, and what it learns beside the adapters: the model's own weights, scales that
+   follow from each block
+3. training on the grid itself, which needs frozen weights of at least 8 bits: 4 bits
+4. block inputs in a scratch file
+5. moments of the optimizer in 8 bits
 """
 
 from __future__ import annotations
@@ -84,6 +86,7 @@ def choose(situation: Situation, budget: int) -> tuple[Choice | None, Choice, Ch
 class Line:
     """What may be given up: one line of the module's docstring."""
 
+    plain_grid: bool = False  # as off_grid makes it too
     off_grid: bool = False
     keep_in_file: bool = False
     optimizer_bits: int = 32
@@ -96,8 +99,9 @@ def lines(config: FinetuneConfig) -> list[list[Line]]:
     ways = (False, True)
     return [
         [Line(stream=stream) for stream in ways],
+        [Line(plain_grid=True, stream=stream) for stream in ways],
         [Line(off_grid=True, stream=stream) for stream in ways],
-        [Line(off_grid=off, keep_in_file=True, stream=stream) for off in ways for stream in ways],
+        [Line(plain_grid=True, off_grid=off, keep_in_file=True, stream=stream) for off in ways for stream in ways],
         [Line(off_grid=True, keep_in_file=keep, optimizer_bits=bits, stream=stream) for keep in ways for stream in ways],
     ]
 
@@ -131,8 +135,9 @@ def candidates(situation: Situation, line: Line) -> Iterator[Settings]:
     kept = 0 if config.gradient_checkpointing or line.stream else shape.layers
     for bits in base_bits(shape, config):
         rounded = PRECISION_BITS[config.precision] if on_grid.applies(config, bits) else None
-        started = on_grid.starts_apart(config, bits) and rounded is not None
-        learned = config.grid_scales == "learned" and rounded is not None and rounded < 8
+        plain = line.plain_grid or line.off_grid or shape.encoder  # of decoders it was measured to help
+        started = rounded is not None and on_grid.starts_apart(config, plain=plain)
+        learned = rounded is not None and on_grid.learns_scales(config, plain=plain)
         loses_grid = config.base_bits is None and rounded is None and any(on_grid.applies(config, other) for other in ALL_BITS)
         if loses_grid and not line.off_grid:
             continue
@@ -144,9 +149,10 @@ def candidates(situation: Situation, line: Line) -> Iterator[Settings]:
                 )  # fmt: skip
 
 
-def given_up(settings: Settings) -> tuple[bool, bool, bool]:
+def given_up(settings: Settings) -> tuple[bool, ...]:
     """Return what of the later lines settings give up, the last line first."""
-    return settings.stream, settings.optimizer_bits < 32, settings.keep_in_file
+    plain = not settings.grid_start, not settings.grid_scales
+    return settings.stream, settings.optimizer_bits < 32, settings.keep_in_file, *plain
 
 
 def base_bits(shape: ModelShape, config: FinetuneConfig) -> tuple[int, ...]:
@@ -207,6 +213,8 @@ def explain(first: Settings, chosen: Settings, shape: ModelShape) -> list[str]:
         notes.append("what is kept for backward is kept in bf16: gradients differ by up to a hundredth")
     if chosen.base_bits != first.base_bits:
         notes.append(f"the frozen weights are kept in {chosen.base_bits} bits instead of {first.base_bits}")
+    if chosen.grid_bits and (plain := [text for text, gone in lost_beside(first, chosen).items() if gone]):
+        notes.append(f"trained on the grid without {' and '.join(plain)}: at some loss")
     if first.grid_bits and not chosen.grid_bits:
         notes.append("not trained on the grid that ships: rounding comes after, at some loss")
     if chosen.keep_in_file:
@@ -214,3 +222,11 @@ def explain(first: Settings, chosen: Settings, shape: ModelShape) -> list[str]:
     if chosen.optimizer_bits != first.optimizer_bits:
         notes.append(f"the optimizer's moments are kept in {chosen.optimizer_bits} bits instead of {first.optimizer_bits}")
     return notes
+
+
+def lost_beside(first: Settings, chosen: Settings) -> dict[str, bool]:
+    """Return what goes with training on the grid, and whether it was given up."""
+    return {
+        "learning block scales": first.grid_scales and not chosen.grid_scales,
+        "a start that makes up for rounding errors": first.grid_start and not chosen.grid_start,
+    }

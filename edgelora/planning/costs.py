@@ -59,6 +59,11 @@ class Settings:
         """Whether block scales are trained."""
         return any(rank == 0 for _, rank in self.targets)
 
+    @property
+    def loaded(self) -> tuple[int, bool, bool, bool]:
+        """What a loaded model with its adapters is made for; the rest may change."""
+        return self.base_bits, self.stream, self.grid_start, self.grid_scales
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -127,10 +132,13 @@ def trained_bytes(shape: ModelShape, settings: Settings) -> int:
     return round(adapter_weights(shape, settings) * (copies * FP32 + 2 * MOMENT_BYTES[settings.optimizer_bits]))
 
 
-def moment_bytes(shape: ModelShape, settings: Settings) -> int:
-    """Return the bytes of AdamW's two moments, which exist from the first step on."""
-    scales = settings.grid_scales * adapted_weights(shape, settings) / BLOCK_SIZE
-    return round((adapter_weights(shape, settings) + scales) * 2 * MOMENT_BYTES[settings.optimizer_bits])
+def later_bytes(shape: ModelShape, settings: Settings) -> int:
+    """Return the bytes of what a probe of the model does not meet: AdamW's two moments, which exist from the first step on, and
+    a start of its own, which comes before it."""
+    adapted = adapted_weights(shape, settings)
+    moments = (adapter_weights(shape, settings) + settings.grid_scales * adapted / BLOCK_SIZE) * 2
+    start = adapted * bytes_per_weight(8) if settings.grid_bits and settings.grid_start else 0.0
+    return round(moments * MOMENT_BYTES[settings.optimizer_bits] + start)
 
 
 def rounded_bytes(shape: ModelShape, settings: Settings) -> int:

@@ -46,6 +46,8 @@ class Plan:
     parts: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     writing_seconds: float = 0.0  # of generating the answers of the validation rows once
+    grid_start: str = "nearest"  # what is rounded at first, and …
+    grid_scales: str = "max"  # … its block scales: what the settings of these names came to
 
     @property
     def too_long_to_write(self) -> str | None:
@@ -110,8 +112,8 @@ def plan(model: str, data: str, config: FinetuneConfig, *, probe: bool = True) -
         planner = make_planner(source, prepared, config)
         made = load_planned(source, data, prepared, planner, folder, Stages())[0].plan if probe else planner.plan()[0]
     names = (
-        "base_bits", "micro_batch", "kept_blocks", "keep_bits", "keep_in_file", "stream", "optimizer_bits", "threads", "matmul",
-        "max_length",
+        "base_bits", "micro_batch", "kept_blocks", "keep_bits", "keep_in_file", "stream", "optimizer_bits", "grid_start",
+        "grid_scales", "threads", "matmul", "max_length",
     )  # fmt: skip
     return {
         "peak_mb": made.predicted_peak_mb,

@@ -60,7 +60,7 @@ class Planner:
         another one."""
         plan, chosen = self.plan()
         old = before.settings
-        if (chosen.settings.base_bits, chosen.settings.stream) == (old.base_bits, old.stream):
+        if chosen.settings.loaded == old.loaded:
             return plan, chosen
         config = dataclasses.replace(self.situation.config, base_bits=old.base_bits)
         loaded, _, _ = choose.choose(dataclasses.replace(self.situation, config=config), self.budget)
@@ -69,6 +69,8 @@ class Planner:
         return self.complete(loaded, choose.choose(self.situation, self.budget)[1]), loaded
 
     def complete(self, chosen: Choice, wanted: Choice) -> Plan:
+        from edgelora.train import on_grid
+
         situation, settings, work = self.situation, chosen.settings, self.situation.work
         seconds = self.rate * chosen.seconds
         tokens, cache = scoring_limits(situation.shape, chosen.parts["activations"])
@@ -81,6 +83,8 @@ class Planner:
             keep_in_file=settings.keep_in_file,
             stream=settings.stream,
             optimizer_bits=settings.optimizer_bits,
+            grid_start=on_grid.STARTS[settings.grid_start],
+            grid_scales=on_grid.SCALES[settings.grid_scales],
             threads=self.threads,
             matmul=self.matmul,
             max_length=self.limit,

@@ -24,6 +24,8 @@ ROUNDING = 2e-9  # seconds per weight and step of rounding to the grid
 BLOCK_SECONDS = 0.5e-3  # Python and small kernels per block and pass of a piece
 ELEMENT_SECONDS = 0.25e-9  # per value that a block keeps and pass: norms, activations, attention
 SLOW_PRODUCTS = 0.3  # share of the rate that products with the few columns of an adapter reach
+SUMMING = 0.3e-9  # per weight and piece: its gradient's part in that of a block scale
+TOKENS_PER_SCALE = 2  # adapters/lora.py
 OPTIMIZER = {32: 1.5e-9, 8: 20e-9}  # seconds per trained weight and step, clipping counted
 FILE_BYTES = 1.5e9  # bytes a second of writing and reading kept activations
 STREAM_BYTES = 2.0e9  # bytes a second of weights that are read again after they were dropped
@@ -61,7 +63,8 @@ def piece_seconds(shape: ModelShape, settings: Settings, tokens: float, supervis
     passes = ((trained if prefixed else layers) + trained + costs.recomputed_blocks(shape, settings)) / layers
     rate = REFERENCE_RATE * share_of_rate(tokens)
     head = 0 if shape.encoder else shape.vocab * shape.hidden
-    weights = 2 * tokens * costs.adapted_weights(shape, settings) if settings.scales else 0  # their own gradients
+    share = 1.0 if settings.scales else settings.grid_scales / TOKENS_PER_SCALE  # of the tokens, for their own gradients
+    weights = 2 * share * tokens * costs.adapted_weights(shape, settings)
     gain, copying = (HALF_GAIN, COPYING_HALF) if settings.half else (1.0, COPYING)
     products = (2 * passes * tokens * shape.linear_weights / gain + weights + 4 * supervised * head) / rate
     bits = settings.grid_bits or settings.base_bits
@@ -76,7 +79,8 @@ def piece_seconds(shape: ModelShape, settings: Settings, tokens: float, supervis
     filed += costs.FP32 * tokens * shape.hidden / FILE_BYTES if prefixed else 0.0
     read = passes * costs.bytes_per_weight(settings.base_bits) * shape.linear_weights
     streamed = read / STREAM_BYTES if settings.stream else 0.0
-    return products + unpacking + in_weights + low_rank + elements + filed + streamed + BLOCK_SECONDS * passes * layers
+    summed = SUMMING * costs.adapted_weights(shape, settings) if share else 0.0
+    return summed + products + unpacking + in_weights + low_rank + elements + filed + streamed + BLOCK_SECONDS * passes * layers
 
 
 def step_seconds(shape: ModelShape, settings: Settings) -> float:
@@ -87,7 +91,8 @@ def step_seconds(shape: ModelShape, settings: Settings) -> float:
 
 def update_seconds(shape: ModelShape, settings: Settings) -> float:
     """Return the seconds of clipping and the optimizer's step."""
-    return OPTIMIZER[settings.optimizer_bits] * costs.adapter_weights(shape, settings)
+    scales = settings.grid_scales * costs.adapted_weights(shape, settings) / costs.BLOCK_SIZE
+    return OPTIMIZER[settings.optimizer_bits] * (costs.adapter_weights(shape, settings) + scales)
 
 
 def training_seconds(shape: ModelShape, settings: Settings, load: Load) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,10 +31,14 @@ class Generator:
         self.tokenizer = Tokenizer.from_folder(bundle.folder)
         self.adapter = adapter
         self.decoder = self._open(adapter)
-        self.stop_token_ids = frozenset(bundle.eos_token_ids) | self.tokenizer.stop_token_ids
         self.cached: list[int] = []  # the tokens that the cache holds, in order
         self.writing: Answer | None = None  # whose tokens they are
         self.use(adapter)
+
+    @cached_property
+    def stop_token_ids(self) -> frozenset[int]:
+        """The tokens that end an answer; the first one takes the chat template, which nothing else at load needs."""
+        return frozenset(self.bundle.eos_token_ids) | self.tokenizer.stop_token_ids
 
     def use(self, adapter: Adapter | None) -> None:
         """Let an adapter act from now on, or the base alone. Only scales, which are packed at load, need a new session."""

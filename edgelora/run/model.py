@@ -28,8 +28,9 @@ def load(bundle: str | Path, *, threads: int | None = None, adapter: str | None 
     Raises FolderError where it is no bundle or a damaged one, SettingsError where it has no such adapter.
     """
     from edgelora.bundle import open_bundle
+    from edgelora.run.packed import packed_from
 
-    return Model(open_bundle(Path(bundle)), threads=threads, adapter=adapter)
+    return Model(open_bundle(Path(bundle), known=packed_from), threads=threads, adapter=adapter)
 
 
 class Model:

@@ -39,7 +39,7 @@ GRAPH, WEIGHTS = "model.onnx", "model.data"
 
 def open_packed(model: Path, *, threads: int | None = None) -> ort.InferenceSession:
     """Return a session as `open_session` does, from the cache where it has the model, else one that fills it."""
-    weights = model.with_name(f"{model.name}_data")
+    weights = weights_of(model)
     limit = cache_bytes()
     size = weights.stat().st_size if weights.is_file() else 0
     if size < LEAST_BYTES or GROWTH * size > limit:
@@ -59,6 +59,21 @@ def open_packed(model: Path, *, threads: int | None = None) -> ort.InferenceSess
     except (OSError, EdgeLoRAError):  # nothing is lost but memory; what is wrong with a model is said when it opens
         return open_session(model, threads=threads)
     return open_entry(entry, threads) or open_session(model, threads=threads)
+
+
+def packed_from(model: Path) -> tuple[Path, ...]:
+    """Return the files of a model that are as they were when the cache packed them, after they had been checked: all, or none.
+
+    Reading weights to compare them with their sha256 takes longer than opening them packed.
+    """
+    weights = weights_of(model)
+    if not model.is_file() or not weights.is_file() or weights.stat().st_size < LEAST_BYTES:
+        return ()
+    return (model, weights) if (cache_folder() / key(model, weights) / GRAPH).is_file() else ()
+
+
+def weights_of(model: Path) -> Path:
+    return model.with_name(f"{model.name}_data")
 
 
 def open_entry(entry: Path, threads: int | None) -> ort.InferenceSession | None:

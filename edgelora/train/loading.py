@@ -63,7 +63,7 @@ def load_planned(
     """
     facts = {"reference": source.reference, "fingerprint": source.fingerprint, "license": source.license}
     plan, choice = planner.plan()
-    tried: Plan | None = None
+    tried = False
     config = planner.situation.config
     grid = scales_grid.choose_grid(source, prepared.task, config) if scales_grid.trains_scales(config) else {}
     while True:
@@ -74,16 +74,16 @@ def load_planned(
         settle(plan)
         if tried:
             return run, network
-        tried = plan
+        tried, loaded = True, choice.settings.loaded
         with stages.time("probe"):
             task = get_task(run.task)
             collate = functools.partial(task.collate, processor=task.open_processor(source.folder))
             tries = Probe(network, task, collate, prepared.store("train"), settle)
             planner, plan, choice = probe.refine(planner, choice, tries)
-        if (plan.base_bits, plan.stream) == (tried.base_bits, tried.stream):
+        if choice.settings.loaded == loaded:
             settle(plan)
             return dataclasses.replace(run, plan=plan), network
-        del network
+        del network, settle, tries  # they hold it
 
 
 def keep_as_planned(network: Model, folder: Path, plan: Plan) -> None:
@@ -121,6 +121,8 @@ def round_as_shipped(network: Model, run: Run) -> Run:
         return dataclasses.replace(run, grid={**run.grid, "codes": codes})
     if not on_grid.applies(run.settings, run.plan.base_bits) or not network.linears() or not inject.adapters(network):
         return run
-    run = dataclasses.replace(run, grid=run.grid or on_grid.choose_grid(network, run.settings))
+    if not run.grid:
+        ways = {"start": run.plan.grid_start, "scales": run.plan.grid_scales}
+        run = dataclasses.replace(run, grid=on_grid.choose_grid(network, run.settings) | ways)
     inject.put_on_grid(network, run.grid)
     return run

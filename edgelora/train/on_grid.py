@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from edgelora.adapters.inject import adapters
+from edgelora.adapters.learned_scales import LearnedScales
 from edgelora.adapters.lora import LoRA
 from edgelora.errors import FolderError, ModelError
 from edgelora.models.linear import FrozenLinear
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 
 BLOCK_SIZE = 32
 ROUNDED = "rounded.safetensors"
-LEAST_START_BITS = 16  # of the base, for a start of its own beside it
+STARTS = ("nearest", "calibrated")  # without and with a start of its own (train/start.py)
+SCALES = ("max", "learned")
 LEAST_BASE_BITS = 8  # a base kept in 4 bits is rounded already: W0, which the merge rounds, is not known any more
 
 
@@ -44,14 +46,23 @@ def applies(config: FinetuneConfig, base_bits: int) -> bool:
     return rounds and not config.dora and not config.dropout
 
 
-def starts_apart(config: FinetuneConfig, base_bits: int) -> bool:
-    """Tell whether what is rounded begins as something else than the frozen weights, beside which it is kept (train/start.py):
-    not where the memory leaves these no more than 8 bits."""
-    return config.grid_start != "nearest" and error_bits(config.precision) is not None and base_bits >= LEAST_START_BITS
+def starts_apart(config: FinetuneConfig, *, plain: bool) -> bool:
+    """Tell whether what is rounded begins as something else than the frozen weights, beside which it is kept (train/start.py).
+
+    plain: where the user has not said, it does not. Never where most layers have 8 bits: there is nothing to make up for.
+    """
+    wanted = not plain if config.grid_start is None else config.grid_start == STARTS[True]
+    return wanted and error_bits(config.precision) is not None
+
+
+def learns_scales(config: FinetuneConfig, *, plain: bool) -> bool:
+    """Tell whether block scales are learned beside the adapters; `plain` and 8 bits as with `starts_apart`."""
+    wanted = not plain if config.grid_scales is None else config.grid_scales == SCALES[True]
+    return wanted and error_bits(config.precision) is not None
 
 
 def choose_grid(model: Decoder | Network, config: FinetuneConfig) -> dict[str, Any]:
-    """Return what the manifest records: precision, block size and the bits of every linear layer by path."""
+    """Return what the manifest records beside the plan's part: precision, block size, the bits of each linear layer by path."""
     linears = {path: frozen(layer) for path, layer in model.linears().items()}
     shapes = {path: (layer.out_features, layer.in_features) for path, layer in linears.items()}
     errors = {}
@@ -59,10 +70,7 @@ def choose_grid(model: Decoder | Network, config: FinetuneConfig) -> dict[str, A
         errors = {path: relative_error(layer.weight_fp32(), few, BLOCK_SIZE) for path, layer in linears.items()}
     bits = choose_bits(config.precision, shapes, errors, ())
     grid = {"precision": config.precision, "block_size": BLOCK_SIZE, "bits": bits}
-    least = min(layer.bits for layer in linears.values())
-    begin = config.grid_start if starts_apart(config, least) else "nearest"
-    learned = {"scales": config.grid_scales, "activations": config.grid_activations}
-    return {**grid, "start": begin, **learned, "warmup": config.grid_warmup}
+    return {**grid, "activations": config.grid_activations, "warmup": config.grid_warmup}
 
 
 @contextmanager
@@ -85,11 +93,14 @@ def learned_scales(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def save_rounded(model: nn.Module, run: Path) -> None:
-    """Write the adapted layers as they ship into a run folder: `<path>.codes` and `<path>.scales` as in a merged folder."""
+    """Write the adapted layers as they ship into a run folder: `<path>.codes` and `<path>.scales` as in a merged folder, and
+    what block scales were multiplied by."""
     rounded = {path: adapter.rounded() for path, adapter in adapters(model).items() if adapter.grid is not None}
     if rounded:
         write(run / f".{ROUNDED}.partial", rounded)
         (run / f".{ROUNDED}.partial").replace(run / ROUNDED)
+    if learned := learned_scales(model):
+        LearnedScales(learned, next(iter(adapters(model)[path].scale_block for path in learned))).save(run)
 
 
 @dataclass(frozen=True)

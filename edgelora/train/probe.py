@@ -186,12 +186,12 @@ def refine(planner: Planner, choice: Choice, probe: Probe) -> tuple[Planner, Pla
 
     Raises MachineError when nothing fits.
     """
-    loaded = (choice.settings.base_bits, choice.settings.stream)
+    loaded = choice.settings.loaded
     found = probe.measure(rows_of(planner, choice), FIRST_SHARES, accumulate=accumulates(planner, choice), timed=False)
     planner = planner.corrected(correct(planner, choice, found), planner.rate)
     plan, better = planner.again(choice)
     for _ in range(REHEARSALS):
-        if (better.settings.base_bits, better.settings.stream) != loaded:
+        if better.settings.loaded != loaded:
             break  # the model is loaded again, and probed again
         probe.settle(plan)
         found = probe.measure(rows_of(planner, better), WHOLE, accumulate=accumulates(planner, better), timed=True)
@@ -230,9 +230,9 @@ def correct(planner: Planner, choice: Choice, found: Sequence[Measured], *, whol
     slope = 1.0
     if kept[1] - kept[0] > CLEAR:
         slope = min(1.5, max(0.6 if whole else 0.9, (large.peak - small.peak) / (kept[1] - kept[0])))
-    # The formulas' parts without activations, as they are while the probe runs: the optimizer has no moments yet.
+    # The formulas' parts without activations, as they are while the probe runs.
     resident = sum(size for name, size in choice.parts.items() if name not in ("activations", costs.GROWING))
-    resident -= costs.moment_bytes(shape, settings) + planner.situation.correction.fixed
+    resident -= costs.later_bytes(shape, settings) + planner.situation.correction.fixed
     fixed = large.peak - round(slope * kept[1]) - resident
     # A part of a piece says too little for less than the formulas; in a tight memory cgroup less is resident than is needed.
     crowded = hardware.memory_limit() < CROWDED * large.peak

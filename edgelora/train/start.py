@@ -105,13 +105,18 @@ def compensate(
                 if HESSIANS * 4 * moments.num_inputs**2 <= room and moments.whole:
                     see_inputs(block, calls, layers[group[0]], moments.add)
                 factor = moments.factor() if moments.tokens >= moments.num_inputs else None
-                for path in group:
-                    if factor is not None:
-                        weight = compensated(found[path].base.weight_fp32(), factor, int(grid["bits"][path]), block_size)
+                for bits in sorted({int(grid["bits"][path]) for path in group}):
+                    if factor is None:
+                        break
+                    # Side by side: the passes over the inputs, which come one after the other, are the same for all.
+                    paths = [path for path in group if int(grid["bits"][path]) == bits]
+                    weights = [found[path].base.weight_fp32() for path in paths]
+                    joint = compensated(torch.cat(weights), factor, bits, block_size)
+                    for path, weight in zip(paths, torch.split(joint, [len(weight) for weight in weights]), strict=True):
                         tensor = quantize(weight, START_BITS, block_size)
                         found[path].begin_with(tensor)
                         yield path, tensor
-                    bar.update(1)
+                bar.update(len(group))
             wanted -= set(layers)
 
 

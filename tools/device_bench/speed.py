@@ -20,7 +20,9 @@ from edgelora import console
 OURS = "EdgeLoRA"
 PROMPTS = 3  # the first of them warms up
 FASTER = {"prefill_tokens_per_s": "prefill, tok/s", "decode_tokens_per_s": "decode, tok/s"}
-SMALLER = {"load_s": "load, s", "peak_rss_mb": "peak, MB", "peak_anonymous_mb": "anonymous, MB"}
+TEXT_TOKENS = 384  # of README.md, as many as a prompt and its answer: more would raise the peak
+SMALLER = {"load_s": "load, s", "peak_rss_mb": "peak, MB", "peak_anonymous_mb": "anonymous, MB",
+           "loss": "loss"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,23 @@ def sides(model: str, work: Path, bundles: Sequence[Path]) -> list[Side]:
     return [*found, Side("onnxruntime-genai", "genai", "onnx", files.genai(model, work))]
 
 
+def trimmed_to(side: Side) -> int | None:
+    """Return how many tokens a bundle's vocabulary was trimmed to; None for all others."""
+    manifest = side.model / "edgelora.json"
+    content = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
+    return int(content["decoder"]["vocab_size"]) if content.get("vocabulary") else None
+
+
+def passage(work: Path) -> list[int]:
+    """Return the tokens of the beginning of this project's README.md, which no model has learned by heart."""
+    from edgelora.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_folder(models.folder_of(models.SMOLLM2, work))
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    ids: list[int] = tokenizer.native.encode(text).ids
+    return ids[:TEXT_TOKENS]
+
+
 def prompts(work: Path, length: int) -> list[list[int]]:
     """Return the tokens of passages of this project's license, by SmolLM2's tokenizer; every model's vocabulary has them."""
     from edgelora.tokenizer import Tokenizer
@@ -68,12 +87,15 @@ def measure(
     for side in contestants:
         if side.environment:
             environments.interpreter(side.environment, work)
-    asked = prompts(work, tokens)
+    asked, text = prompts(work, tokens), passage(work)
     records: dict[str, list[Record]] = {side.name: [] for side in contestants}
     for turn in range(rounds):
         for side in contestants:
             request = work / "device" / f"request-{side.module}.json"
             content = {"model": str(side.model), "prompts": asked, "new_tokens": new_tokens, "threads": threads}
+            content["text"] = text if turn == 0 else []  # the same every time
+            if (size := trimmed_to(side)) is not None:  # any tokens will do for speed, none for a loss
+                content |= {"prompts": [[token % size for token in ids] for ids in asked], "text": []}
             request.write_text(json.dumps(content), encoding="utf-8")
 
             def once(side: Side = side, request: Path = request) -> Record:
@@ -103,7 +125,8 @@ def table(records: dict[str, list[Record]]) -> list[dict[str, Any]]:
         for key, title in named.items():
             better: Callable[..., str] = max if key in FASTER else min
             peer = better(peers, key=lambda other: middle[other][key] or 0.0)
-            shares = [a[key] / b[key] for a, b in zip(records[name], records[peer], strict=True) if a[key] and b[key]]
+            pairs = zip(records[name], records[peer], strict=True)
+            shares = [a[key] / b[key] for a, b in pairs if a.get(key) and b.get(key)]
             ratios[title] = round(statistics.median(shares), 2) if shares else None
         rows.append({"side": f"{name} / better peer", **ratios})
     return rows

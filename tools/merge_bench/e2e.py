@@ -22,8 +22,6 @@ BUILDER = "onnxruntime_genai.models.builder"
 CALIBRATION_ROWS = 128
 EVALUATOR_TOLERANCE = 1e-3  # relative: two implementations of one fp32 model, summed over thousands of targets
 OURS = "EdgeLoRA int4 bundle"
-DEFAULTS = "the same, default settings"
-LEARNED = 'grid_start = "calibrated"\ngrid_scales = "learned"\n'  # more time and memory for less loss
 RTN, GENAI, MIXED, GPTQ = (
     "PEFT merge + round to nearest",
     "PEFT merge + onnxruntime-genai builder int4",
@@ -71,8 +69,7 @@ def measure(bench: Bench, csv_file: Path, adapter: Path | None) -> list[Record]:
     table: list[Record] = [
         {"what": "base, fp32", "loss": reference.base},
         {"what": "fp32 adapter", "loss": reference.adapter, "MB": folder_mb(reference.merged, "*.safetensors")},
-        attempt(OURS, learned, bench, rows),
-        attempt(DEFAULTS, ours, bench, rows),
+        attempt(OURS, ours, bench, rows),
         *(attempt(name, way, bench, rows, reference) for name, way in WAYS.items()),
     ]
     table = verdict.with_ratios(table, reference.base, reference.adapter)
@@ -121,14 +118,6 @@ def ours(bench: Bench, rows: Rows, precision: str = "int4") -> Record:
     """Train on the grid that ships, export, and score the bundle."""
     run, name = bench.finetune(f"run-{precision}", bench.model, rows.data, precision=precision), f"bundle-{precision}"
     return bundle_row(bench, name, bench.export(name, run), rows)
-
-
-def learned(bench: Bench, rows: Rows) -> Record:
-    """The same with the settings of LEARNED, or those of --config."""
-    config = bench.work / "learned.toml"
-    config.write_text(LEARNED, encoding="utf-8")
-    run = bench.finetune("run-int4-learned", bench.model, rows.data, precision="int4", config=bench.config or config)
-    return bundle_row(bench, "bundle-int4-learned", bench.export("bundle-int4-learned", run), rows)
 
 
 def bundle_row(bench: Bench, name: str, bundle: Path, rows: Rows) -> Record:

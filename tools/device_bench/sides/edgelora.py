@@ -20,6 +20,11 @@ class Bundle:
     def step(self, token: int) -> int:
         return int(self.decoder.step(token).argmax())
 
+    def logits(self, ids: list[int], *, fresh: bool) -> Any:
+        if fresh:
+            self.decoder.rewind(0)
+        return self.decoder.prefill(ids)
+
 
 if __name__ == "__main__":
     timing.main(Bundle)

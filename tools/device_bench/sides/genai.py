@@ -39,6 +39,12 @@ class Genai:
         self.generator.generate_next_token()
         return int(self.generator.get_next_tokens()[0])
 
+    def logits(self, ids: list[int], *, fresh: bool) -> Any:
+        if fresh:
+            self.generator.rewind_to(0)
+        self.generator.append_tokens(self.np.array([ids], self.np.int32))
+        return self.np.asarray(self.generator.get_logits()).reshape(-1)
+
 
 if __name__ == "__main__":
     timing.main(Genai)

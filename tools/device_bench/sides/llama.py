@@ -28,6 +28,12 @@ class Gguf:
     def step(self, token: int) -> int:
         return self.decode([token])
 
+    def logits(self, ids: list[int], *, fresh: bool) -> Any:
+        if fresh:
+            self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
+        self.decode(ids)
+        return self.np.ctypeslib.as_array(self.api.llama_get_logits_ith(self.context, -1), shape=(self.size,)).copy()
+
     def decode(self, ids: list[int]) -> int:
         tokens = (self.api.llama_token * len(ids))(*ids)
         failed = self.api.llama_decode(self.context, self.api.llama_batch_get_one(tokens, len(ids)))

@@ -2,13 +2,15 @@
 
     python -m device_bench.sides.NAME REQUEST.json
 
-REQUEST is {"model", "prompts": [[token id, …], …], "new_tokens", "threads"}. The first prompt warms up and is not timed. Prints
-one JSON object: load_s (imports included), and medians over the other prompts of prefill and decode in tokens/s.
+REQUEST is {"model", "prompts": [[token id, …], …], "new_tokens", "threads", "text": [token id, …]}. The first prompt warms up
+and is not timed. Prints one JSON object: load_s (imports included), medians over the other prompts of prefill and decode in
+tokens/s, and where there is a text its loss, in nats a token: what the rounding of a side's weights costs.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import sys
 import time
@@ -27,6 +29,10 @@ class Runner(Protocol):
 
     def step(self, token: int) -> int:
         """Append a token and return the next one, whether or not it would end an answer."""
+        ...
+
+    def logits(self, ids: list[int], *, fresh: bool) -> Any:
+        """Append tokens, after forgetting everything if `fresh`, and return the logits `[vocabulary]` after them, numpy."""
         ...
 
 
@@ -49,7 +55,24 @@ def main(load: Callable[[dict[str, Any]], Runner]) -> None:
     figures["prefill_tokens_per_s"], figures["decode_tokens_per_s"] = (
         statistics.median(values) for values in zip(*speeds[1:], strict=True)
     )
+    if request.get("text"):
+        figures["loss"] = loss(runner, request["text"])
     print(json.dumps({**figures, "answers": answers}))
+
+
+def loss(runner: Runner, ids: list[int]) -> float:
+    """Return the mean negative log-likelihood of all tokens of a text but the first, each fed on its own."""
+    total = 0.0
+    for place, target in enumerate(ids[1:]):
+        logits = runner.logits([ids[place]], fresh=place == 0).astype("float64")
+        total += math.log(float(_exp(logits - logits.max()).sum())) + float(logits.max() - logits[target])
+    return total / (len(ids) - 1)
+
+
+def _exp(values: Any) -> Any:
+    import numpy as np  # every side has it
+
+    return np.exp(values)
 
 
 def memory() -> float | None:
