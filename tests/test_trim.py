@@ -142,6 +142,10 @@ def test_common_pieces_are_kept_beside_those_of_the_text() -> None:
     few, more = vocabulary.keep(set(), 0), vocabulary.keep(set(), 100)
     assert len(more) == len(few) + 100
     assert {left + right for left, right in list(vocabulary.ranks)[:100]} <= {vocabulary.texts[index] for index in more}
+    round_number = vocabulary.keep(set(), 100, multiple=64)
+    assert len(round_number) % 64 == 0
+    assert set(more) <= set(round_number)
+    assert len(round_number) < len(more) + 64
 
 
 def test_pairs_are_joined_from_the_left() -> None:

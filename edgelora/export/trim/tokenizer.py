@@ -114,20 +114,21 @@ class Vocabulary:
         else:
             yield from (text for text in self.pieces if not RESERVED.fullmatch(text))
 
-    def keep(self, ids: Collection[int], num_common: int) -> list[int]:
-        """Return the ids to keep, in the order of their new ones: those named, what these need, and the most common.
+    def keep(self, ids: Collection[int], num_common: int, multiple: int = 1) -> list[int]:
+        """Return the ids to keep, in the order of their new ones: those named, what these need, and the most common, of which
+        a few more are taken to make it a multiple where the vocabulary has them.
 
         The model's own tokens come first, as the format wants it. Special tokens keep their ids where they can: padding in
         RoBERTa says where positions begin.
         """
         kept = self.closed({*self.always(), *(self.texts[index] for index in ids if index in self.texts)})
+        beside = sorted(index for text, index in self.added.items() if text not in self.pieces)
         for count, text in enumerate(self.common()):
-            if count == num_common:
+            if count >= num_common and (len(kept & self.pieces.keys()) + len(beside)) % multiple == 0:
                 break
             if text in self.pieces and (self.model["type"] != "BPE" or self.steps(text) <= kept | {text}):
                 kept.add(text)
         own = sorted(self.pieces[text] for text in kept if text in self.pieces)
-        beside = sorted(index for text, index in self.added.items() if text not in self.pieces)
         fixed = {index for index in self.added.values() if index < len(own)} & set(own)
         others = iter([index for index in own if index not in fixed])
         return [*(place if place in fixed else next(others) for place in range(len(own))), *beside]

@@ -28,6 +28,8 @@ from edgelora.tasks.base import TRIAL_TEXTS
 from edgelora.tokenizer import Tokenizer
 
 NUM_COMMON = 4096  # of the most common pieces, kept whether the rows have them or not: 2.5 MB of SmolLM2's 30 MB
+# Of tokens: ONNX Runtime maps packed weights rightly where the bytes of each are a multiple of 64 (run/packed.py).
+MULTIPLE = 64
 HEADS = ("lm_head.weight", "lm_head.bias", "final_logits_bias")  # tensors with a place for each token, beside the tables
 
 
@@ -52,7 +54,7 @@ def trim(merged: Path, out: Path, source: Source) -> Path:
     passages = Passages(tokenizer, checkpoint, source)
     needed = passages.ids() | special_ids(merged) | processor_ids(vocabulary.content.get("post_processor"))
     size = int(checkpoint.config["vocab_size"])
-    order = vocabulary.keep(needed, NUM_COMMON)
+    order = vocabulary.keep(needed, NUM_COMMON, MULTIPLE)
     if max(order) >= size:
         raise ModelError(f"the tokenizer has {max(order) + 1} tokens, the model {size}")
     new = {old: index for index, old in enumerate(order)}
