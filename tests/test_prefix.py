@@ -91,8 +91,9 @@ def test_each_row_goes_through_the_frozen_layers_once(
     lowest, compute = [], Decoder.prefix
 
     def counted(self: Decoder, ids_T: torch.Tensor, starts: torch.Tensor, blocks: int) -> torch.Tensor:
-        seen.extend(tuple(ids_T[start:stop].tolist()) for start, stop in itertools.pairwise(starts))
-        lowest.append(blocks)
+        if blocks:  # the calibrated start begins at the embedding
+            seen.extend(tuple(ids_T[start:stop].tolist()) for start, stop in itertools.pairwise(starts))
+            lowest.append(blocks)
         return compute(self, ids_T, starts, blocks)
 
     with monkeypatch.context() as patch:
