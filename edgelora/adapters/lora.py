@@ -281,8 +281,8 @@ class LoRA(nn.Module):
         """Return the weight that is rounded: `start`, or where there is none W0, with the adapter in it, fp32 `[N, K]`."""
         return self.merge() if self.start is None else combine(dequantize(self.start), self.factors)
 
-    def begin_with(self, start: QuantizedTensor) -> None:
-        """Round `start` + s·BA from now on."""
+    def begin_with(self, start: QuantizedTensor | None) -> None:
+        """Round `start` + s·BA from now on; W0 + s·BA without one."""
         self.start, self._rounded = start, None
 
     def ship(self, tensor: QuantizedTensor) -> None:

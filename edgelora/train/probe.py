@@ -24,8 +24,9 @@ from edgelora.adapters import inject
 from edgelora.models import slab
 from edgelora.models.predictor import to_tensors
 from edgelora.planning import costs, speed
-from edgelora.planning.costs import Correction, Piece
+from edgelora.planning.costs import BLOCK_SIZE, Correction, Piece
 from edgelora.planning.planner import piece_of
+from edgelora.quant.grid import quantize
 from edgelora.tasks.base import Example
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ MB = 1 << 20
 FIRST_SHARES, WHOLE = (0.25, 0.5), (0.5, 1.0)  # of the largest piece
 REHEARSALS = 2
 ROUNDED = 14  # layers that are rounded for their time
+START_BITS = 8  # train/start.py
 LONG = 10.0  # seconds from which a pass is not made again for its time: what disturbs it is small beside it
 REPEATS, REPEATED = 3, 4.0  # passes for the time of a part, of which the median counts; seconds after which one is the last
 CROWDED = 1.5  # times what is resident: a memory limit below makes the system drop pages that are in use
@@ -101,19 +103,24 @@ class Probe:
             return examples
         return [*examples[:-1], _tail(examples[-1], len(examples[-1]) - 1)]
 
-    def rounding(self) -> float:
+    def rounding(self, *, started: bool) -> float:
         """Return the seconds of rounding all adapted layers, as every step does where training is on the grid: some of them are
-        rounded, for all at once would bring a streamed model into memory."""
+        rounded, for all at once would bring a streamed model into memory. `started`: from a start of their own, made later."""
         found = [adapter for adapter in inject.adapters(self.model).values() if adapter.grid is not None]
         some = found[:ROUNDED]
+        for adapter in some if started else ():
+            adapter.begin_with(quantize(adapter.frozen.weight_fp32(), START_BITS, BLOCK_SIZE))
         for _ in range(2):  # the first is not counted
-            started = time.perf_counter()
+            begun = time.perf_counter()
             for adapter in some:
                 with torch.no_grad():
                     adapter.lora_B.mul_(1.0)  # the same bits, counted as a change
                 adapter.rounded()
+        seconds = time.perf_counter() - begun
+        for adapter in some if started else ():
+            adapter.begin_with(None)
         weights = [sum(adapter.out_features * adapter.in_features for adapter in part) for part in (found, some)]
-        return (time.perf_counter() - started) * weights[0] / max(1, weights[1])
+        return seconds * weights[0] / max(1, weights[1])
 
     def _part(self, examples: list[Example], *, watched: bool, keep: bool) -> Measured:
         batch = to_tensors(self.collate(examples))
@@ -195,7 +202,9 @@ def refine(planner: Planner, choice: Choice, probe: Probe) -> tuple[Planner, Pla
             break  # the model is loaded again, and probed again
         probe.settle(plan)
         found = probe.measure(rows_of(planner, better), WHOLE, accumulate=accumulates(planner, better), timed=True)
-        rate = pace(planner, better, found, probe.rounding() if better.settings.grid_bits else 0.0)
+        grid = better.settings
+        rounding = probe.rounding(started=grid.grid_start) if grid.grid_bits else 0.0
+        rate = pace(planner, better, found, rounding)
         planner = planner.corrected(correct(planner, better, found, whole=True), rate)
         rehearsed = better.settings
         plan, better = planner.again(better)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from edgelora import console
+from edgelora import console, memory
 from edgelora.adapters.inject import adapters
 from edgelora.merging import calibration
 from edgelora.models.walk import same_inputs, see_inputs, walk_through
@@ -79,6 +79,7 @@ def begin(model: Model, grid: dict[str, Any], folder: Path, rows: Callable[[], S
         if f"{layer}.codes" in entries:
             codes, scales = (read_entry(entries[f"{layer}.{part}"]) for part in ("codes", "scales"))
             adapter.begin_with(QuantizedTensor(codes, scales, START_BITS, int(grid["block_size"]), adapter.in_features))
+    memory.trim()  # what it was computed with, and the copies that were written, leave holes in the heap
 
 
 def below(model: Model, grid: dict[str, Any]) -> set[str]:

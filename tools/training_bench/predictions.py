@@ -100,7 +100,9 @@ def row_of(what: str, records: list[Record]) -> Record:
     peaks = [(record["peak_rss_mb"], record["predicted"]["peak_mb"]) for record in rounds]
     seconds = [(sum(record["step_seconds"]), record["predicted"]["seconds"]) for record in rounds]
     peak, told = max(peaks, key=lambda pair: abs(pair[0] / pair[1] - 1))
-    taken, said = sorted(seconds, key=lambda pair: pair[0] / pair[1])[(len(seconds) - 1) // 2]
+    ordered = sorted(seconds, key=lambda pair: pair[0] / pair[1])
+    middle = ordered[(len(ordered) - 1) // 2 : len(ordered) // 2 + 1]  # two of an even number: the worse of them
+    taken, said = max(middle, key=lambda pair: abs(pair[0] / pair[1] - 1))
     return row | {
         "peak MB": peak,
         "predicted": told,
