@@ -143,7 +143,7 @@ def test_no_cache_is_kept_where_there_is_no_room_for_it(tmp_path: Path, room: in
     with path.open("rb") as file:
         mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         stream = Stream(mapping, [(0, half), (half, 2 * half)], [], path)
-        stream.make_room(room)
+        stream.fit_cache(room)
         stream.enter(0)
         assert len(set(mapping[:half])) > 1
         stream.leave(0)

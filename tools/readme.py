@@ -20,7 +20,7 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -70,37 +70,30 @@ def results() -> str:
     return "\n\n".join([head, markdown_table(found["quality"]), markdown_table(rows)])
 
 
-def training() -> str:
-    """What training costs beside its peer, as the benchmark measured it."""
-    found = figures(TRAINING)
+def benchmark(path: Path, tool: str, tables: Callable[[Any], Iterable[tuple[str, list[dict[str, object]]]]]) -> str:
+    """What a benchmark measured and this page keeps in `path`: its tables, each below its title."""
+    found = figures(path)
     if not found:
-        return "Run `./tools/bench_training`, as below: it prints the tables of your machine and keeps them as JSON."
-    parts = [f"As `./tools/bench_training` measured it on {found['machine']}:"]
-    for title, rows in readme_training.tables(found):
+        return f"Run `./tools/{tool}`, as below: it prints the tables of your machine and keeps them as JSON."
+    parts = [f"As `./tools/{tool}` measured it on {found['machine']}:"]
+    for title, rows in tables(found):
         parts += [title, markdown_table(rows)]
     return "\n\n".join(parts)
+
+
+def training() -> str:
+    """What training costs beside its peer."""
+    return benchmark(TRAINING, "bench_training", readme_training.tables)
 
 
 def merging() -> str:
-    """What is left of an adapter in the bundle that ships, as the benchmark measured it."""
-    found = figures(MERGING)
-    if not found:
-        return "Run `./tools/bench_merge`, as below: it prints the tables of your machine and keeps them as JSON."
-    parts = [f"As `./tools/bench_merge` measured it on {found['machine']}:"]
-    for title, rows in readme_merging.tables(found):
-        parts += [title, markdown_table(rows)]
-    return "\n\n".join(parts)
+    """What is left of an adapter in the bundle that ships."""
+    return benchmark(MERGING, "bench_merge", readme_merging.tables)
 
 
 def device() -> str:
-    """What a decoder does beside other runtimes, as the benchmark measured it."""
-    found = figures(DEVICE)
-    if not found:
-        return "Run `./tools/bench_device`: it prints the table of your machine and keeps it as JSON."
-    parts = [f"As `./tools/bench_device` measured it on {found['machine']}:"]
-    for title, rows in readme_device.tables(found):
-        parts += [title, markdown_table(rows)]
-    return "\n\n".join(parts)
+    """What a decoder does beside other runtimes."""
+    return benchmark(DEVICE, "bench_device", readme_device.tables)
 
 
 def measured_tasks() -> str:

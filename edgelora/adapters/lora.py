@@ -48,9 +48,8 @@ class LoRASettings:
 
     @classmethod
     def from_config(cls, config: FinetuneConfig) -> Self:
-        patterns = config.rank_pattern or {}, config.alpha_pattern or {}
-        plain = config.rank, config.alpha, config.rslora, config.dora, config.dropout, config.seed, config.init
-        return cls(*plain, *patterns)
+        return cls(config.rank, config.alpha, config.rslora, config.dora, config.dropout, config.seed, config.init,
+                   config.rank_pattern or {}, config.alpha_pattern or {})  # fmt: skip
 
     def rank_of(self, path: str) -> int:
         return from_pattern(self.rank_pattern, path, self.rank)

@@ -6,7 +6,7 @@
 What the system keeps of the file beyond that is cache that it takes back when memory is short. Blocks are walked there and
 back (forward, backward), so the last ones read are the first ones needed again, and cache that happens to be free is used.
 Dropping that cache too (posix_fadvise) read a quarter more where a fifth of the file could stay, and would read all of it
-again where it fits. Where less than half of it could stay, `make_room` has it dropped all the same: such a cache is read
+again where it fits. Where less than half of it could stay, `fit_cache` has it dropped all the same: such a cache is read
 again and again without a hit, and the system, which sees that, takes the pages of libraries for it, which are in use.
 Without `madvise` (Windows) all of this does nothing: the system drops clean pages by itself.
 """
@@ -42,7 +42,7 @@ class Stream:
         sizes = [stop - start for start, stop in self.blocks]
         return max((a + b for a, b in zip(sizes, sizes[1:] or [0], strict=False)), default=0)
 
-    def make_room(self, room: int) -> None:
+    def fit_cache(self, room: int) -> None:
         """Keep no cache of the file where only so many bytes of memory are left for it, and those are too few."""
         if self._path is None or self._file is not None or not hasattr(os, "posix_fadvise"):
             return

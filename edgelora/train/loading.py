@@ -91,7 +91,7 @@ def keep_as_planned(network: Model, folder: Path, plan: Plan) -> None:
     network.keeping = plan.keeping(folder)
     stream = getattr(network, "stream", None)
     if stream is not None:
-        stream.make_room(hardware.memory_limit() - int(plan.predicted_peak_mb * (1 << 20)))
+        stream.fit_cache(hardware.memory_limit() - int(plan.predicted_peak_mb * (1 << 20)))
 
 
 def load(source: ModelSource, run: Run, stages: Stages) -> Model:

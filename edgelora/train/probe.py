@@ -24,10 +24,11 @@ from edgelora.adapters import inject
 from edgelora.models import slab
 from edgelora.models.predictor import to_tensors
 from edgelora.planning import costs, speed
-from edgelora.planning.costs import BLOCK_SIZE, Correction, Piece
+from edgelora.planning.costs import Correction, Piece
 from edgelora.planning.planner import piece_of
 from edgelora.quant.grid import quantize
 from edgelora.tasks.base import Example
+from edgelora.train import on_grid, start
 
 if TYPE_CHECKING:
     from edgelora.data.store import Store
@@ -41,7 +42,6 @@ MB = 1 << 20
 FIRST_SHARES, WHOLE = (0.25, 0.5), (0.5, 1.0)  # of the largest piece
 REHEARSALS = 2
 ROUNDED = 14  # layers that are rounded for their time
-START_BITS = 8  # train/start.py
 LONG = 10.0  # seconds from which a pass is not made again for its time: what disturbs it is small beside it
 REPEATS, REPEATED = 3, 4.0  # passes for the time of a part, of which the median counts; seconds after which one is the last
 CROWDED = 1.5  # times what is resident: a memory limit below makes the system drop pages that are in use
@@ -109,7 +109,7 @@ class Probe:
         found = [adapter for adapter in inject.adapters(self.model).values() if adapter.grid is not None]
         some = found[:ROUNDED]
         for adapter in some if started else ():
-            adapter.begin_with(quantize(adapter.frozen.weight_fp32(), START_BITS, BLOCK_SIZE))
+            adapter.begin_with(quantize(adapter.frozen.weight_fp32(), start.START_BITS, on_grid.BLOCK_SIZE))
         for _ in range(2):  # the first is not counted
             begun = time.perf_counter()
             for adapter in some:
