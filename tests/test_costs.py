@@ -220,3 +220,14 @@ def test_layers_are_numbered_by_their_path() -> None:
         11,
         None,
     ]
+
+
+def test_constants_of_the_engine_are_those_of_the_formulas() -> None:
+    """Planning repeats them: it must not import what imports torch."""
+    from edgelora.adapters import lora
+    from edgelora.models import head, linear_group, scale_gradient
+    from edgelora.quant import bits
+
+    assert (costs.TILE_ROWS, costs.TILE_LOGITS, costs.TILE) == (head.TILE_ROWS, head.TILE_LOGITS, linear_group.TILE)
+    assert (costs.ROWS_AT_ONCE, costs.LARGEST_SHARE) == (scale_gradient.ROWS_AT_ONCE, bits.LARGEST_SHARE)
+    assert speed.TOKENS_PER_SCALE == lora.TOKENS_PER_SCALE
