@@ -13,10 +13,13 @@ from tolerances import PREFIX_LOGITS
 
 import edgelora
 from edgelora.cli.main import cli
+from edgelora.config import GenerateConfig
 from edgelora.errors import FolderError, SettingsError
 from edgelora.export.export import export
 from edgelora.export.prefix import Beginning
 from edgelora.folder import read_manifest, sha256
+from edgelora.run.generate import Answer, fixed_tokens, prompt_ids
+from edgelora.run.kept import Kept
 from edgelora.run.model import Model
 from edgelora.run.prefix import FILE, read_prefix
 
@@ -183,3 +186,38 @@ def test_what_cannot_be_is_refused(
     with pytest.raises(SettingsError, match=message):
         export(str(decoder_model), tmp_path / "b", precision="fp32", beginning=beginning, adapters=adapters, max_length=64)
     assert not (tmp_path / "b").exists()
+
+
+def test_system_turns_stay_in_memory_between_others(decoder_bundle: Path) -> None:
+    model, ran = opened(decoder_bundle)
+    generator = model.generator
+    answers, fixed = {}, {}
+    for turn in range(2):
+        for system in (SYSTEM, SYSTEM.upper()):
+            chat = [{"role": "system", "content": system}, {"role": "user", "content": f"{turn}"}]
+            ids = prompt_ids(generator.tokenizer, chat, GenerateConfig())
+            fixed[system] = fixed_tokens(generator.tokenizer, chat, ids)
+            ran.clear()
+            answer = Answer(generator, ids, GenerateConfig(max_new_tokens=8), fixed=fixed[system]).finished()
+            answers[turn, system] = (
+                answer.tokens == edgelora.load(decoder_bundle, threads=1).answer(chat, max_new_tokens=8).tokens
+            )
+            assert len(ran) == 2 - turn, "the turn, and the rest; then the rest alone"
+            assert ran[-1] == len(ids) - fixed[system]
+            assert answer.reused == fixed[system] or (turn == 0 and answer.reused < 8)
+    assert all(answers.values())
+    assert fixed[SYSTEM] == len(f"{SYSTEM}") + 3
+    assert fixed_tokens(generator.tokenizer, [{"role": "user", "content": "a"}], [1, 2]) == 0
+
+
+def test_what_is_kept_is_bounded() -> None:
+    def cache(count: int) -> dict[str, Any]:
+        return {"past_key_values.0.key": np.zeros((1, 1, count, 8), np.float32)}
+
+    kept = Kept(limit=32 * 25)
+    for token, count in ((1, 10), (2, 10)):
+        kept.add([token] * count, cache(count))
+    assert kept.find([1] * 12)[0] == 10, "now the other one is the least recently used"
+    kept.add([3] * 10, cache(10))
+    kept.add([4] * 30, cache(30))
+    assert [kept.find([token] * 40)[0] for token in (1, 2, 3, 4)] == [10, 0, 10, 0]

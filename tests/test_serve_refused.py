@@ -119,7 +119,7 @@ def test_methods_types_and_foreign_pages(served: Served) -> None:
 
 
 def test_a_defect_is_a_500_without_its_text(served: Served, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    def fail(ids: list[int]) -> None:
+    def fail(ids: list[int], fixed: int = 0) -> None:
         raise ValueError("/a/secret/path")
 
     monkeypatch.setattr(served.server.worker.model.generator, "feed", fail)

@@ -15,6 +15,7 @@ from edgelora.errors import UserError
 from edgelora.run.adapters import Adapter, initializers, read_factors
 from edgelora.run.decoder import DecoderSession
 from edgelora.run.drafts import Drafts
+from edgelora.run.kept import LEAST_KEPT, Kept
 from edgelora.run.prefix import LEAST, shipped
 from edgelora.run.sampling import Sampler
 from edgelora.tokenizer import Tokenizer
@@ -33,6 +34,7 @@ class Generator:
         self.adapter = adapter
         self.decoder = self._open(adapter)
         self.prefix = shipped(bundle)
+        self.kept = Kept()
         self.cached: list[int] = []  # the tokens that the cache holds, in order
         self.reused = 0  # tokens of the last prompt that needed no computing
         self.writing: Answer | None = None  # whose tokens they are
@@ -54,6 +56,7 @@ class Generator:
             self.decoder = self._open(adapter)
         self.adapter = adapter
         self.decoder.set_factors(factors)
+        self.kept = Kept()  # the others were another model's
         self.forget()
 
     def _open(self, adapter: Adapter | None) -> DecoderSession:
@@ -72,31 +75,40 @@ class Generator:
             raise UserError("the prompt is empty", hint='edgelora run BUNDLE "some text"')
         return Answer(self, ids, config)
 
-    def feed(self, ids: list[int]) -> NDArray[np.float32]:
-        """Make the cache hold exactly `ids` and return the logits `[vocabulary]` after the last."""
+    def feed(self, ids: list[int], fixed: int = 0) -> NDArray[np.float32]:
+        """Make the cache hold exactly `ids` and return the logits `[vocabulary]` after the last.
+
+        The first `fixed` tokens will begin other prompts too: a copy of their cache is kept.
+        """
         keep = common_prefix(self.cached, ids[:-1])  # the last token always runs: its logits are wanted
         self.decoder.reserve(len(ids))  # the limit is checked before anything is forgotten
         self.decoder.rewind(keep)
         self.cached = self.cached[:keep]
         self.begin(ids[:-2])  # one position alone is rounded differently from several, and would not be what it is without
         self.reused = len(self.cached)
-        logits = self.decoder.prefill(ids[self.reused :])
-        self.cached += ids[self.reused :]
+        if LEAST_KEPT <= fixed <= len(ids) - 2 and self.reused < fixed:
+            self.decoder.prefill(ids[self.reused : fixed])
+            self.cached = ids[:fixed]
+            self.kept.add(self.cached, self.decoder.saved())
+        done = len(self.cached)
+        logits = self.decoder.prefill(ids[done:])
+        self.cached += ids[done:]
         return logits
 
     def begin(self, ids: list[int]) -> None:
-        """Let the cache hold what a prefix has of `ids`, where that is more than it holds already."""
-        if self.prefix is None or self.adapter is not None:  # its keys and values are those of the model without an adapter
-            return
-        length = common_prefix(self.prefix.ids, ids)
-        if length < len(self.cached) + LEAST:
-            return
-        cache = self.prefix.read(self.decoder.cache_shapes)
-        if cache is None:
-            self.prefix = None
-            return
-        self.decoder.restore(cache, length)
-        self.cached = ids[:length]
+        """Let the cache hold what memory or the bundle's prefix has of `ids`, where that is more than it holds already."""
+        length, cache = self.kept.find(ids)
+        if self.prefix is not None and self.adapter is None:  # whose keys and values are those of the model without an adapter
+            shared = common_prefix(self.prefix.ids, ids)
+            if shared >= max(length, len(self.cached)) + LEAST:
+                read = self.prefix.read(self.decoder.cache_shapes)
+                if read is None:
+                    self.prefix = None
+                else:
+                    length, cache = shared, read
+        if length >= len(self.cached) + LEAST:
+            self.decoder.restore(cache, length)
+            self.cached = ids[:length]
 
     def step(self, token: int) -> NDArray[np.float32]:
         """Append one token and return the logits `[vocabulary]` after it."""
@@ -128,9 +140,19 @@ class Answer:
     """
 
     def __init__(
-        self, generator: Generator, prompt: list[int], config: GenerateConfig, *, stop: frozenset[int] | None = None
+        self,
+        generator: Generator,
+        prompt: list[int],
+        config: GenerateConfig,
+        *,
+        stop: frozenset[int] | None = None,
+        fixed: int = 0,
     ) -> None:
-        """Prepare an answer to `prompt`, not empty. `stop` are the tokens that end it (default: the bundle's)."""
+        """Prepare an answer to `prompt`, not empty. `stop` are the tokens that end it (default: the bundle's).
+
+        The first `fixed` tokens of the prompt will begin other prompts too.
+        """
+        self.fixed = fixed
         self.generator = generator
         self.stop_token_ids = generator.stop_token_ids if stop is None else stop
         self.config = config
@@ -174,7 +196,7 @@ class Answer:
         started = time.perf_counter()
         self.generator.writing = self
         draft: list[int] = []
-        rows = self.generator.feed(self.prompt)[None]
+        rows = self.generator.feed(self.prompt, self.fixed)[None]
         self.reused = self.generator.reused
         self.prefill_s = time.perf_counter() - started
         started = time.perf_counter()
@@ -245,6 +267,16 @@ def overlap(text: str, stop: str) -> int:
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """Return how many items from the start are equal."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def fixed_tokens(tokenizer: Tokenizer, prompt: Prompt, ids: Sequence[int]) -> int:
+    """Return how many of a chat's tokens `ids` its system turn would begin any chat with; 0 where it has none."""
+    if isinstance(prompt, str) or not prompt or prompt[0].get("role") != "system":
+        return 0
+    others = [
+        tokenizer.encode_chat([prompt[0], {"role": "user", "content": text}], add_generation_prompt=True) for text in "a1"
+    ]
+    return min(common_prefix(ids, other) for other in others)
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: Prompt, config: GenerateConfig, tools: Sequence[Any] | None = None) -> list[int]:

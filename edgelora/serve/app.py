@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from edgelora.config import ServeConfig
-from edgelora.run.generate import prompt_ids
+from edgelora.run.generate import fixed_tokens, prompt_ids
 from edgelora.serve import admit, requests
 from edgelora.serve.fields import parse, shown
 from edgelora.serve.follow import ClientGone, EventStream, followed, stream
@@ -99,7 +99,9 @@ class Service:
     async def write(self, request: Request, asked: TextRequest) -> Response:
         """Answer a chat or a text, whole or streamed."""
         prompt = await asyncio.to_thread(self.tokens, asked)
-        job, reply = WriteJob(asked.adapter, prompt, asked.config), TextReply(asked)
+        chat: Any = asked.prompt if asked.kind == requests.CHAT else ""
+        fixed = await asyncio.to_thread(fixed_tokens, self.model.generator.tokenizer, chat, prompt)
+        job, reply = WriteJob(asked.adapter, prompt, asked.config, fixed), TextReply(asked)
         if asked.stream:
             parts = self.parts(request, job, reply)
             return EventStream(await anext(parts), parts)

@@ -1,7 +1,8 @@
 """One thread that owns the model, and the requests that wait for it, first come, first served.
 
 A decoder session holds one cache, so answers are written one after the other; a prompt that begins like the last one finds its
-beginning in the cache. Texts to classify that wait together are computed together.
+beginning in the cache, and copies of the caches of system turns are kept. Texts to classify that wait together are computed
+together.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ class WriteJob(Job):
 
     prompt: list[int]
     config: GenerateConfig
+    fixed: int = 0  # tokens of a system turn, with which other prompts begin too
 
 
 @dataclass(eq=False)
@@ -133,7 +135,7 @@ class Worker:
 
     def _write(self, job: WriteJob) -> None:
         generator = self.model.generator
-        answer = Answer(generator, job.prompt, job.config)
+        answer = Answer(generator, job.prompt, job.config, fixed=job.fixed)
         for piece in answer:
             if job.cancelled:
                 return
