@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from tasks_bench import pictures, sequences, sounds, texts
+from tasks_bench import pairs, pictures, sequences, sounds, texts
 from tasks_bench.entry import Entry
 
 ENTRIES = (
@@ -40,7 +40,19 @@ ENTRIES = (
         options={"epochs": 40},
     ),
     Entry(
+        "fashion-names", "zero-shot-image-classification", "CLIP, small", "Fashion-MNIST: classes in words", "accuracy",
+        pairs.names, has_head=False,
+    ),
+    Entry(
+        "fashion-captions", "image-to-text", "ViT + BERT, small", "Fashion-MNIST: two in a picture", "bleu",
+        pairs.captions, has_head=False, rows=200,
+    ),
+    Entry(
         "fsdd-words", "automatic-speech-recognition", "Whisper tiny.en", "FSDD digits", "wer", sounds.words, has_head=False,
+    ),
+    Entry(
+        "fsdd-letters", "speech-recognition-ctc", "wav2vec2, small", "FSDD digits", "cer", sounds.spelled,
+        options={"epochs": 10}, has_head=False,
     ),
     Entry("fsdd-digits", "audio-classification", "Whisper tiny.en", "FSDD digits", "accuracy", sounds.classes),
     Entry(
