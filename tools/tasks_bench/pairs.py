@@ -67,7 +67,7 @@ class Kind:
 
 
 NAMED = Kind("clip", singles, (1200, 200, 40, 200), SIDE, 2.0)
-TOLD = Kind("captioner", couples, (200, 40, 4, 12), CANVAS, 5.0)
+TOLD = Kind("captioner", couples, (200, 40, 4, 12), CANVAS, 3.0)
 
 
 def adapted(places: Places, name: str, kind: Kind, **more: str) -> Prepared:
