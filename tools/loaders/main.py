@@ -42,6 +42,9 @@ def ask(loader: str, bundle: Path, task: str, inputs: list[str]) -> tuple[list[A
     """Return what a loader said of each input, or None, and in words."""
     if loader == "onnxruntime-genai" and task != "text-generation":
         return None, "for decoders only"
+    own = str(json.loads((bundle / "config.json").read_text(encoding="utf-8")).get("model_type")).startswith("edgelora")
+    if own and loader in ("optimum-onnx", "transformers.js"):
+        return None, "it knows the models of transformers alone"
     if loader == "transformers.js" and task in NO_PIPELINE:
         return None, "it has no pipeline for this task"
     request = json.dumps({"bundle": str(bundle), "task": task, "inputs": inputs, "new_tokens": NEW_TOKENS})

@@ -57,11 +57,11 @@ ENTRIES = (
     Entry("fsdd-digits", "audio-classification", "Whisper tiny.en", "FSDD digits", "accuracy", sounds.classes),
     Entry(
         "meanings", "translation", "T5, small", "E2E: meaning → text", "bleu", sequences.meanings,
-        options={"epochs": 2}, has_head=False, rows=120,
+        options={"epochs": 3, "learning-rate": 3e-3}, has_head=False, rows=120,
     ),
     Entry(
         "catalogues", "translation", "T5, small", "iso-codes' names of languages, English → German", "chrf",
-        sequences.catalogues, options={"epochs": 2}, has_head=False, rows=200,
+        sequences.catalogues, options={"epochs": 2, "learning-rate": 3e-3}, has_head=False, rows=200,
     ),
     Entry(
         "e2e", "text-generation", "SmolLM2-135M", "E2E: meaning → text", "loss", texts.descriptions,
