@@ -91,7 +91,12 @@ def main() -> int:
     sys.path.insert(0, str(ROOT))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE")
-    parser.add_argument("--input", action="append", default=[], help="text, or file; default: some texts of the task")
+    parser.add_argument(
+        "--input",
+        action="append",
+        default=[],
+        help="text, or file (a sound of the model's rate); default: some texts of the task",
+    )
     parser.add_argument("--json", type=Path, help="write the rows here too")
     options = parser.parse_args()
     from edgelora import console
