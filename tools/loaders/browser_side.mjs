@@ -53,7 +53,7 @@ window.run = async ({ task, inputs, new_tokens, dtype }) => {
   for (const given of inputs) {
     if (task === "object-detection") { said.push(await boxes(pipe, given)); continue; }
     const [first, ...others] = given.split("|");
-    const parts = task === "question-answering" ? [first, ...others] : task === "zero-shot-image-classification" ? [first, others] : [given, ...more];
+    const parts = task === "question-answering" ? [first, ...others] : task === "zero-shot-image-classification" ? [first, others, { hypothesis_template: "{}" }] : [given, ...more];
     said.push(words(task, await pipe(...parts)));
   }
   return said;
