@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 PROMPT_TOKENS = 256
 NEW_TOKENS = 128
+AFTER_PREFIX = 16  # tokens of a prompt behind the bundle's prefix
 CLASSIFIER_TOKENS = 32
 CLASSIFIER_RUNS = 50
 WRITTEN_TOKENS = 32
@@ -60,8 +61,9 @@ def bench(
 
     Keys: load_s (imports, tokenizer and session, in a fresh process), peak_rss_mb (of that process after its work),
     prefill_tokens_per_s and decode_tokens_per_s, or ms_per_input; read_gb_s (this machine's memory, measured here),
-    bandwidth_percent (weights read per second of decoding against it); size_mb, threads, `table` for people. Where the
-    bundle has adapters, or there are `others`, `ways` has a row for each: its figures, and its speed in percent of the first's.
+    bandwidth_percent (weights read per second of decoding against it); of a bundle with a prefix, first_token_prefix_ms and
+    first_token_ms; size_mb, threads, `table` for people. Where the bundle has adapters, or there are `others`, `ways` has a row
+    for each: its figures, and its speed in percent of the first's.
     """
     from edgelora.bundle import open_bundle
     from edgelora.hardware import available_memory, physical_cores
@@ -145,7 +147,25 @@ def time_decoder(model: Any) -> dict[str, float]:
             logits = decoder.step(int(logits.argmax()))
         times.append((len(prompt) / (prefilled - started), count / (time.perf_counter() - prefilled)))
     prefill, decode = times[-1]
-    return {"prefill_tokens_per_s": prefill, "decode_tokens_per_s": decode}
+    return {"prefill_tokens_per_s": prefill, "decode_tokens_per_s": decode, **time_prefix(model.generator)}
+
+
+def time_prefix(generator: Any) -> dict[str, float]:
+    """Return the ms to the first logits of a prompt that begins with the bundle's prefix, from its file (the first time, when
+    it is read too) and computed; {} where there is none."""
+    prefix = generator.prefix
+    if prefix is None or generator.adapter is not None:
+        return {}
+    room = generator.decoder.max_length - len(prefix.ids)
+    prompt, times = [*prefix.ids, *range(100, 100 + min(AFTER_PREFIX, room))], []
+    for used in (prefix, None):
+        generator.prefix = used
+        generator.forget()
+        started = time.perf_counter()
+        generator.feed(prompt)
+        times.append(1000 * (time.perf_counter() - started))
+    generator.prefix = prefix
+    return {"first_token_prefix_ms": times[0], "first_token_ms": times[1]}
 
 
 def time_classifier(model: Any) -> dict[str, float]:
@@ -196,6 +216,8 @@ def table(result: dict[str, Any]) -> list[dict[str, Any]]:
         "ms_per_input": f"input of {CLASSIFIER_TOKENS} tokens, ms"
         if result["task"] == "text-classification"
         else "one input, ms",
+        "first_token_prefix_ms": "first token after the prefix from its file, ms",
+        "first_token_ms": "the same, the prefix computed, ms",
         "size_mb": "weights on disk, MB",
         "read_gb_s": "memory here, GB/s",
         "bandwidth_percent": "of that used, %",

@@ -5,14 +5,13 @@
     metadata             format "edgelora-scales", version "1"; model: the base's reference; layers: JSON {path: sha256} of the
                          codes of all the base's linear layers; base: the sha256 of these, which names the base
 
-Reading it takes numpy alone: a device has no torch and no safetensors. Format: models/weights.py.
+Reading it takes numpy alone (tensor_file.py).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,13 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelora.errors import FolderError
-from edgelora.folder import disk_errors
+from edgelora.tensor_file import read_array, read_header, write_tensors
 
 FILE = "scales.safetensors"
 FORMAT, VERSION = "edgelora-scales", "1"
 SUFFIX = ".scales"
-MAX_HEADER = 100_000_000  # the limit of the safetensors library
-TYPES: dict[str, np.dtype[Any]] = {"BF16": np.dtype(np.uint16), "F32": np.dtype(np.float32)}
 
 Array = NDArray[np.float32]
 
@@ -82,19 +79,7 @@ def write_delta(path: Path, delta: Delta) -> None:
         assert not (bits & 0xFFFF).any(), f"{layer}: scales that bf16 cannot represent"
         stored[layer + SUFFIX] = "BF16", (bits >> 16).astype(np.uint16)
     facts = {"format": FORMAT, "version": VERSION, "model": delta.model, "base": delta.base, "layers": json.dumps(delta.layers)}
-    header: dict[str, Any] = {"__metadata__": facts}
-    end = 0
-    for name, (kind, array) in stored.items():  # fp32 first, so that each begins at a multiple of its element's size
-        start, end = end, end + array.nbytes
-        header[name] = {"dtype": kind, "shape": list(array.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    partial = path.with_name(f".{path.name}.partial")
-    with disk_errors(path), partial.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for kind, array in stored.values():
-            file.write(np.ascontiguousarray(array, TYPES[kind]).reshape(-1).data)
-    partial.replace(path)
+    write_tensors(path, stored, facts)
 
 
 def read_delta(path: Path) -> Delta:
@@ -111,7 +96,7 @@ def read_delta(path: Path) -> Delta:
         if facts["format"] != FORMAT or facts["version"] != VERSION:
             raise ValueError(f'format "{facts["format"]}" {facts["version"]}; "{FORMAT}" {VERSION} is wanted')
         layers = {str(layer): str(digest) for layer, digest in json.loads(facts["layers"]).items()}
-        arrays = {name: read_array(data, start, entry) for name, entry in header.items()}
+        arrays = {name: read_array(data, start, entry).copy() for name, entry in header.items()}  # may be trained on
         scales = {name.removesuffix(SUFFIX): array for name, array in arrays.items() if name.endswith(SUFFIX)}
         tensors = {name: array for name, array in arrays.items() if not name.endswith(SUFFIX)}
         refuse_strange(scales, tensors, layers)
@@ -120,31 +105,6 @@ def read_delta(path: Path) -> Delta:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FolderError(f"{file} is no file of scales, or damaged: {error}", hint="make it again") from None
     return Delta(scales, layers, tensors, str(facts.get("model", "")))
-
-
-def read_header(data: bytes) -> tuple[dict[str, Any], int]:
-    """Return the header and where the tensors begin. Raises ValueError."""
-    length = int.from_bytes(data[:8], "little")
-    if len(data) < 8 or length > min(len(data) - 8, MAX_HEADER):
-        raise ValueError(f"it is cut short ({len(data)} bytes), or no safetensors file")
-    header = json.loads(data[8 : 8 + length])
-    if not isinstance(header, dict):
-        raise ValueError("its header is no table")
-    return header, 8 + length
-
-
-def read_array(data: bytes, base: int, entry: Mapping[str, Any]) -> Array:
-    """Return one tensor in fp32. Raises ValueError, KeyError or TypeError."""
-    kind, shape, (start, stop) = TYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
-    if not all(type(n) is int and n >= 0 for n in (*shape, start, stop)) or base + stop > len(data):
-        raise ValueError(f"a tensor of shape {list(shape)} lies outside of the file")
-    if stop - start != math.prod(shape) * kind.itemsize:
-        raise ValueError(f"{stop - start} bytes do not hold {list(shape)} of {entry['dtype']}")
-    stored = np.frombuffer(data, kind, math.prod(shape), base + start).reshape(shape)
-    if kind == np.uint16:
-        return np.left_shift(stored.astype(np.uint32), 16, dtype=np.uint32).view(np.float32)
-    copied: Array = stored.copy()
-    return copied
 
 
 def refuse_strange(scales: Mapping[str, Array], tensors: Iterable[str], layers: Mapping[str, str]) -> None:

@@ -15,13 +15,15 @@ import tiny
 import torch
 from tolerances import PEER_LOSS
 
+from edgelora.config import FinetuneConfig, load_toml, replace
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))  # where the benchmark lies; it is no part of the package
 pytest.importorskip("resource")
 
 import peft_baseline  # noqa: E402
 from training_bench import __main__ as command  # noqa: E402
-from training_bench import budgets, cgroups, curve, limits, models, predictions, processes, rate, rows, runs, speed  # noqa: E402
+from training_bench import budgets, cgroups, curve, grid, limits, models, predictions, processes, rate, rows, runs, speed  # noqa: E402
 from training_bench.results import Results  # noqa: E402
 
 # transformers renames what PEFT and its users call.
@@ -50,7 +52,6 @@ def options(model: Path, **given: Any) -> argparse.Namespace:
 @PEFT_WARNS
 def test_the_peer_learns_as_we_do(bench: runs.Bench, decoder_model: Path, e2e: Path) -> None:
     """Same rows, same A, same rate, no clipping: the peer's losses are ours, though it pads and we pack."""
-    from edgelora.config import FinetuneConfig, load_toml, replace
     from edgelora.train.finetune import finetune
 
     bench.work.mkdir()
@@ -253,6 +254,18 @@ def test_the_matrix_rate_takes_the_faster_library(monkeypatch: pytest.MonkeyPatc
     x, w = torch.randn(5, 8), torch.randn(6, 8)
     for name, call in rate.libraries(torch).items():
         torch.testing.assert_close(call(x, w), x @ w.t(), msg=name)
+
+
+def test_what_the_grid_adds_is_a_share_of_its_own_step(tmp_path: Path) -> None:
+    records = [{"outcome": "done", "step_seconds": [9.0, 2.0, s], "peak_rss_mb": peak} for s, peak in ((2.0, 7.0), (3.0, 5.0))]
+    row = grid.row_of("x", records, 1.5)
+    assert (row["s/step"], row["of a step"], row["peak MB"]) == (2.0, 0.25, 7.0)
+    assert grid.row_of("x", [*records, {"outcome": "killed", "message": ""}], 1.5)["outcome"] == "killed"
+    (tmp_path / "x").mkdir()
+    bench = runs.Bench(tmp_path / "x", Path(), 8, 1, 1)
+    ask = runs.Ours("grid", Path("m"), Path("d"), 2, compute="fp32", settings=grid.WAYS["…, and learned scales"])
+    chosen = load_toml(Path(ask.arguments(bench)[3]), FinetuneConfig())
+    assert (chosen.compute, chosen.grid_start, chosen.grid_scales) == ("fp32", "calibrated", "learned")
 
 
 def test_a_run_beyond_its_budget_is_told() -> None:

@@ -43,6 +43,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "image_text",
         "spelling",
         "captioning",
+        "tensor_file",
     ),
     ("tasks",),
     ("data", "quant", "models", "adapters", "bundle", "scales_delta"),

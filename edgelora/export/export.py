@@ -15,11 +15,12 @@ from edgelora.export.files import BundleFacts, graph_names, special_tokens, writ
 from edgelora.export.graph import save
 from edgelora.export.int8 import offer_int8
 from edgelora.export.mobile import write_mobile
+from edgelora.export.prefix import ANY_BEGINNING, Beginning, add_prefix
 from edgelora.export.results import add_results
 from edgelora.export.trim.passages import Source
 from edgelora.export.trim.trim import trim
 from edgelora.export.verify import check
-from edgelora.export.web import unpack_for_web, vendored, write_page
+from edgelora.export.web import refuse_vendor, unpack_for_web, write_page
 from edgelora.export.work import Work
 from edgelora.folder import MANIFEST, new_folder, read_manifest, refuse_existing, write_manifest
 from edgelora.models.families import decoder_spec, rope_parameters
@@ -46,6 +47,7 @@ def export(
     max_length: int | None = None,
     adapters: str = "merged",
     trim_vocabulary: str | None = None,
+    beginning: Beginning = ANY_BEGINNING,
     vendor: Path | None = None,
     overwrite: bool = False,
     force: bool = False,
@@ -58,16 +60,14 @@ def export(
     keeps too little of the adapter's gain, is refused with the figures (ModelError), unless `force` is given. `max_length` is
     the most tokens of prompt and answer together. `adapters`: "merged" into the weights; "static", a run's beside them, in the
     graph; "swap", a base bundle that `add_adapter` (export/onto.py) gives adapters to. `trim_vocabulary`: keep the tokens of a
-    run's rows ("") or of this file's and of a run's (export/trim/). `vendor`: for `device`
-    "web", see export/web.py. wishes: how `merge` rounds (rounding_plan.Wish: calibrate, columns, size, loss).
+    run's rows ("") or of this file's and of a run's (export/trim/). `beginning`: of prompts, whose cache ships. `vendor`: for
+    `device` "web", see export/web.py. wishes: how `merge` rounds (rounding_plan.Wish: calibrate, columns, size, loss).
 
     Returns the figures of `--json`; `table` has a run's held-out rows scored again.
     """
     refuse_existing(out, overwrite=overwrite)
-    if vendor is not None and device != "web":
-        raise SettingsError("--vendor is for the page of --for web", hint="--for web --vendor node_modules")
-    if vendor is not None:
-        vendored(vendor)  # what is missing there is told before anything is made
+    refuse_vendor(vendor, device)
+    beginning.refuse(adapters)
     temporary = out.with_name(f".{out.name}.merged")
     with new_folder(out, overwrite=overwrite) as staging, console.progress("exporting", total=4) as bar:
         try:
@@ -87,6 +87,7 @@ def export(
             with work.time("evaluate"):
                 add_results(work, force=force)
                 offer_int8(work, precision)
+                add_prefix(work, beginning)
             bar.update(1)
             if device == "web":
                 write_page(staging, vendor)
@@ -289,6 +290,7 @@ def figures(work: Work, out: Path) -> dict[str, Any]:
         "exceptions": manifest["exceptions"],
         "vocabulary": manifest.get("vocabulary"),
         "mobile": manifest.get("mobile"),
+        "prefix": {name: value for name, value in manifest.get("prefix", {}).items() if name != "token_ids"} or None,
         "verify": manifest["verify"],
         "seconds": work.seconds,
         "table": manifest["results"],

@@ -81,6 +81,14 @@ def write_page(folder: Path, vendor: Path | None) -> None:
     (folder / "README.txt").write_text(readme, encoding="utf-8")
 
 
+def refuse_vendor(vendor: Path | None, device: str) -> None:
+    """Raise SettingsError for a --vendor that is of no use, before anything is made."""
+    if vendor is not None and device != "web":
+        raise SettingsError("--vendor is for the page of --for web", hint="--for web --vendor node_modules")
+    if vendor is not None:
+        vendored(vendor)
+
+
 def vendored(modules: Path) -> list[Path]:
     """Return the files that the page needs of a node_modules folder: the library, its license, and the runtime it names."""
     library = modules / LIBRARY

@@ -66,16 +66,18 @@ def choose_scales(weight_NK: Tensor, bits: int, block_size: int) -> Tensor:
     blocks = to_blocks(weight_NK.float(), block_size)
     low, high = blocks.amin(-1), blocks.amax(-1)  # each a tenth of aminmax's time, and of argmax's
     extreme = torch.where(high > -low, high, low)
-    scales = (extreme / -(2 ** (bits - 1))).bfloat16().float()
-    return torch.where(scales == 0, torch.ones_like(scales), scales)
+    scales = extreme.div_(-(2 ** (bits - 1))).bfloat16().float()
+    return scales.masked_fill_(scales == 0, 1.0)
 
 
 def encode(weight_NK: Tensor, scales: Tensor, bits: int, block_size: int) -> QuantizedTensor:
     """Return the nearest codes of a weight `[N, K]` for given scales `[N, ceil(K / block_size)]`."""
     blocks = to_blocks(weight_NK.float(), block_size)
     zero_point = 2 ** (bits - 1)
-    codes = (blocks / scales.unsqueeze(-1)).round_().add_(zero_point).clamp_(0, 2**bits - 1).to(torch.uint8)
-    return QuantizedTensor(pack(codes, bits), scales, bits, block_size, weight_NK.shape[1])
+    # To int8 first: that is a fifth of the time that torch takes from fp32 to uint8.
+    signed = (blocks / scales.unsqueeze(-1)).round_().clamp_(-zero_point, zero_point - 1).to(torch.int8)
+    codes = signed.bitwise_xor_(-128) if bits == 8 else signed.add_(zero_point)
+    return QuantizedTensor(pack(codes.view(torch.uint8), bits), scales, bits, block_size, weight_NK.shape[1])
 
 
 def dequantize(tensor: QuantizedTensor, out: Tensor | None = None) -> Tensor:
@@ -126,6 +128,9 @@ def to_blocks(weight_NK: Tensor, block_size: int) -> Tensor:
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack uint8 codes `[..., block]` into `[..., block * bits // 8]`, first code in the low bits."""
     per_byte = 8 // bits
+    if bits == 4 and codes.is_contiguous():
+        pairs = codes.view(torch.int16)  # the 16-bit number 0x0H0L, whose low byte becomes 0xHL
+        return torch.bitwise_right_shift(pairs, 4).bitwise_or_(pairs).to(torch.uint8)
     groups = codes.view(*codes.shape[:-1], -1, per_byte)
     packed = groups[..., 0].clone()
     for position in range(1, per_byte):

@@ -23,6 +23,8 @@ from edgelora.run.session import open_session
 if TYPE_CHECKING:
     import onnxruntime as ort
 
+Cache = dict[str, NDArray[np.float32]]
+
 SELECTOR = "num_logits_to_keep"
 FIRST_CAPACITY = 256  # positions; doubled when more are needed
 CHUNK = 512  # positions computed at once: bounds the activations of a long prompt
@@ -61,7 +63,7 @@ class DecoderSession:
         }
         if not self.cache_shapes:
             raise FolderError(f"{model} is not a decoder: it has no cache of keys and values")
-        self.cache: dict[str, NDArray[np.float32]] = {}
+        self.cache: Cache = {}
         self.capacity = 0
         self._num_logits = np.zeros((), np.int64)
         self._ids = np.zeros((1, CHUNK), np.int64)
@@ -117,6 +119,18 @@ class DecoderSession:
     def rewind(self, length: int) -> None:
         """Forget all but the first `length` positions."""
         assert 0 <= length <= self.length, f"rewind to {length} of {self.length}"
+        self.length = length
+
+    def saved(self) -> Cache:
+        """Return a copy of the keys and values so far, `[1, kv_heads, length, head_dim]` by input name."""
+        return {name: array[:, :, : self.length].copy() for name, array in self.cache.items()}
+
+    def restore(self, cache: Mapping[str, NDArray[np.float32]], length: int) -> None:
+        """Let the first `length` positions of what `saved` returned be all that is cached."""
+        self.length = 0  # nothing of the old need be kept when the buffers grow
+        self.reserve(length)
+        for name, array in self.cache.items():
+            array[:, :, :length] = cache[name][:, :, :length]
         self.length = length
 
     def reserve(self, positions: int) -> None:

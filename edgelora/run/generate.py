@@ -15,6 +15,7 @@ from edgelora.errors import UserError
 from edgelora.run.adapters import Adapter, initializers, read_factors
 from edgelora.run.decoder import DecoderSession
 from edgelora.run.drafts import Drafts
+from edgelora.run.prefix import LEAST, shipped
 from edgelora.run.sampling import Sampler
 from edgelora.tokenizer import Tokenizer
 
@@ -31,7 +32,9 @@ class Generator:
         self.tokenizer = Tokenizer.from_folder(bundle.folder)
         self.adapter = adapter
         self.decoder = self._open(adapter)
+        self.prefix = shipped(bundle)
         self.cached: list[int] = []  # the tokens that the cache holds, in order
+        self.reused = 0  # tokens of the last prompt that needed no computing
         self.writing: Answer | None = None  # whose tokens they are
         self.use(adapter)
 
@@ -75,9 +78,25 @@ class Generator:
         self.decoder.reserve(len(ids))  # the limit is checked before anything is forgotten
         self.decoder.rewind(keep)
         self.cached = self.cached[:keep]
-        logits = self.decoder.prefill(ids[keep:])
-        self.cached += ids[keep:]
+        self.begin(ids[:-2])  # one position alone is rounded differently from several, and would not be what it is without
+        self.reused = len(self.cached)
+        logits = self.decoder.prefill(ids[self.reused :])
+        self.cached += ids[self.reused :]
         return logits
+
+    def begin(self, ids: list[int]) -> None:
+        """Let the cache hold what a prefix has of `ids`, where that is more than it holds already."""
+        if self.prefix is None or self.adapter is not None:  # its keys and values are those of the model without an adapter
+            return
+        length = common_prefix(self.prefix.ids, ids)
+        if length < len(self.cached) + LEAST:
+            return
+        cache = self.prefix.read(self.decoder.cache_shapes)
+        if cache is None:
+            self.prefix = None
+            return
+        self.decoder.restore(cache, length)
+        self.cached = ids[:length]
 
     def step(self, token: int) -> NDArray[np.float32]:
         """Append one token and return the logits `[vocabulary]` after it."""
@@ -121,6 +140,7 @@ class Answer:
         self.text = ""
         self.finish = ""
         self.prefill_s = self.decode_s = 0.0
+        self.reused = 0  # tokens of the prompt that were in the cache
         self.sampler = Sampler(config)
         self.drafts = Drafts(prompt) if config.speculate else None
         self.pieces = self._write()
@@ -155,6 +175,7 @@ class Answer:
         self.generator.writing = self
         draft: list[int] = []
         rows = self.generator.feed(self.prompt)[None]
+        self.reused = self.generator.reused
         self.prefill_s = time.perf_counter() - started
         started = time.perf_counter()
         while True:

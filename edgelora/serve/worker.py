@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgelora.config import GenerateConfig
-from edgelora.run.generate import Answer, common_prefix
+from edgelora.run.generate import Answer
 from edgelora.run.model import Model
 from edgelora.serve.refusal import Refusal
 from edgelora.serve.replies import Written
@@ -133,13 +133,12 @@ class Worker:
 
     def _write(self, job: WriteJob) -> None:
         generator = self.model.generator
-        cached = common_prefix(generator.cached, job.prompt[:-1])
         answer = Answer(generator, job.prompt, job.config)
         for piece in answer:
             if job.cancelled:
                 return
             job.put(piece)
-        job.put(Written(answer.finish, len(job.prompt), len(answer.tokens), cached))
+        job.put(Written(answer.finish, len(job.prompt), len(answer.tokens), answer.reused))
 
     def _fail(self, jobs: Sequence[Job], error: Exception) -> None:
         """Tell the request that its job failed. Of several, each is tried alone: one may have failed the others."""

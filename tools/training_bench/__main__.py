@@ -1,10 +1,11 @@
 """Measure training: EdgeLoRA beside transformers with PEFT, on this machine.
 
-Parts (--what, separated by commas; default: speed,curve,cgroup,rate,plan,budgets):
+Parts (--what, separated by commas; default: all):
   speed    real tokens/s and memory of both sides in alternation, EdgeLoRA within 1/4 and 1/2 of the peer's peak and free
   curve    the loss of every step on both sides, from the same weights and adapters on the same token ids
   cgroup   batch 1 × 256 tokens in memory cgroups without swap, and the smallest that does (root only)
   rate     the share of the machine's fp32 matrix rate that steps reach
+  grid     what rounding to int4 while training adds to a step of 512 tokens
   plan     predicted against measured peak and time over models × lengths × bits × batch
   budgets  20 random budgets on SmolLM2: does any run ever exceed its --ram?
 
@@ -25,11 +26,11 @@ from pathlib import Path
 from typing import Any
 
 from edgelora import console, hardware
-from training_bench import budgets, curve, limits, machine, models, predictions, rate, speed
+from training_bench import budgets, curve, grid, limits, machine, models, predictions, rate, speed
 from training_bench.results import Results
 from training_bench.runs import Bench
 
-PARTS = ("speed", "curve", "cgroup", "rate", "plan", "budgets")
+PARTS = ("speed", "curve", "cgroup", "rate", "grid", "plan", "budgets")
 PLANNED = ("smollm2", "qwen-0.5b")  # the models of the `plan` part, where none is named
 
 
@@ -43,7 +44,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--what", type=parts, default=PARTS, metavar="PART,…")
     parser.add_argument("--model", action="append", choices=models.NAMES, help="may be given more than once; default: smollm2")
     parser.add_argument("--steps", type=at_least_one, default=8, help="steps that count, after the first; default: 8")
-    parser.add_argument("--repeats", type=at_least_one, default=3, help="rounds of speed and plan; default: 3")
+    parser.add_argument("--repeats", type=at_least_one, default=3, help="rounds of speed, grid and plan; default: 3")
     parser.add_argument("--curve-steps", type=at_least_one, default=40, help="default: 40")
     parser.add_argument("--precision", type=lambda text: text.split(","), default=["fp32", "int4"], help="default: fp32,int4")
     parser.add_argument("--valid-rows", type=at_least_one, default=4, help="rows of our closing table; default: 4")
@@ -103,6 +104,7 @@ def measure(arguments: argparse.Namespace, results: Results) -> None:
         "curve": lambda: each(named, lambda bench: curve.measure(bench, results, arguments.curve_steps)),
         "cgroup": lambda: each(named, lambda bench: limits.measure(bench, results, bisect=not arguments.no_bisect)),
         "rate": lambda: each(named, lambda bench: rate.measure(bench, results, peer_budgets(bench, results))),
+        "grid": lambda: each(named, lambda bench: grid.measure(bench, results)),
         "plan": lambda: predictions.conclude(
             [row for table in each(planned, lambda bench: predictions.measure(bench, results)) for row in table], results
         ),

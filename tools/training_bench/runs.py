@@ -52,11 +52,13 @@ class Ours:
     precision: str = "int4"
     compute: str | None = None  # operands of the products; None is what the machine's rates decide
     options: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, str] = field(default_factory=dict)  # those that have no option
 
     def arguments(self, bench: Bench) -> list[str]:
         """Return what `finetune` and `plan` have in common: MODEL, DATA and the settings."""
-        settings = bench.work / f"settings-{self.compute or 'free'}.toml"
-        settings.write_text(SETTINGS + (f"compute = '{self.compute}'\n" if self.compute else ""), encoding="utf-8")
+        chosen = {**({"compute": self.compute} if self.compute else {}), **self.settings}
+        settings = bench.work / f"settings-{'-'.join(chosen.values()) or 'free'}.toml"
+        settings.write_text(SETTINGS + "".join(f"{name} = '{value}'\n" for name, value in chosen.items()), encoding="utf-8")
         given: dict[str, Any] = {
             "config": settings, "epochs": 1000, "max-steps": self.steps, "batch-size": self.batch_size, "rank": 8,
             "learning-rate": LEARNING_RATE, "precision": self.precision, "threads": bench.threads,
