@@ -109,16 +109,18 @@ def test_blobs_overlap_and_their_boxes_are_in_the_picture() -> None:
     assert any((sides > 2).all() for sides in shared)
 
 
-def test_a_picture_of_two_says_which_is_left(tmp_path: Path) -> None:
-    pixels = np.stack([np.full((28, 28), 60 + kind, np.uint8) for kind in range(10)] * 3)
-    known = pixels, np.arange(30) % 10
-    pairs.write(tmp_path, "train", pairs.couples(known, (3, 7), 0, 2))
-    rows = [json.loads(text) for text in (tmp_path / "train" / "train.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert len(rows) == 8
-    for row in rows:
-        sides = np.asarray(Image.open(tmp_path / "train" / row["image"])).max(0)
-        left, right = (pairs.KINDS[part.max() - 60] for part in (sides[:32], sides[32:]))
-        assert row["text"] == f"a {left} left of a {right}"
+def test_a_picture_has_its_class_in_words_and_no_picture_is_in_two_parts(tmp_path: Path) -> None:
+    pixels = np.stack([np.full((28, 28), 10 * kind + row, np.uint8) for row in range(5) for kind in range(10)])
+    known = pixels, np.arange(50) % 10
+    for part, first, count in (("train", 0, 3), ("valid", 3, 2)):
+        pairs.write(tmp_path, part, pairs.named(known, (3, 7), first, count))
+    seen = []
+    for part in ("train", "valid"):
+        for text in (tmp_path / part / f"{part}.jsonl").read_text(encoding="utf-8").splitlines():
+            row = json.loads(text)
+            seen.append(int(np.asarray(Image.open(tmp_path / part / row["image"])).max()))
+            assert row["text"] == f"a picture of a {pairs.KINDS[seen[-1] // 10]}"
+    assert len(seen) == len(set(seen)) == 10
 
 
 def test_the_speaker_that_is_adapted_to_is_not_pretrained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

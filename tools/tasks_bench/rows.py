@@ -44,10 +44,6 @@ ENTRIES = (
         pairs.names, has_head=False,
     ),
     Entry(
-        "fashion-captions", "image-to-text", "ViT + BERT, small", "Fashion-MNIST: two in a picture", "bleu",
-        pairs.captions, has_head=False, rows=200,
-    ),
-    Entry(
         "fsdd-words", "automatic-speech-recognition", "Whisper tiny.en", "FSDD digits", "wer", sounds.words, has_head=False,
     ),
     Entry(
