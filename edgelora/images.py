@@ -74,6 +74,30 @@ class ImageProcessor:
             int(size["longest_edge"]) if isinstance(size, dict) and size.get("longest_edge") else None,
         )
 
+    def as_config(self) -> dict[str, Any]:
+        """Return the whole settings for a file, whatever a reader takes for granted, with the class that does as they say."""
+        sizes: dict[str, Any] = {"do_resize": self.resize is not None, "do_center_crop": self.crop is not None, "do_pad": False}
+        if isinstance(self.resize, int):
+            sizes["size"] = {"shortest_edge": self.resize, **({"longest_edge": self.longest} if self.longest else {})}
+        elif self.resize is not None:
+            sizes["size"] = {"height": self.resize[0], "width": self.resize[1]}
+        if self.crop is not None:
+            sizes["crop_size"] = {"height": self.crop[0], "width": self.crop[1]}
+        odd: dict[str, Any] = {"do_flip_channel_order": True} if self.flip_channels else {}
+        if self.offset:
+            odd |= {"rescale_offset": True, "include_top": False}  # which would normalize twice
+        kind = "MobileViT" if self.flip_channels else "EfficientNet" if self.offset else "CLIP" if self.cuts else "ViT"
+        return {
+            **sizes, **odd, "resample": self.resample, "do_rescale": True, "rescale_factor": self.scale,
+            "do_normalize": True, "image_mean": list(self.mean), "image_std": list(self.std),
+            "image_processor_type": f"{kind}ImageProcessor",
+        }  # fmt: skip
+
+    @property
+    def cuts(self) -> bool:
+        """Whether a picture keeps its proportions or loses its borders."""
+        return self.crop is not None or isinstance(self.resize, int)
+
     @property
     def output_size(self) -> tuple[int, int] | None:
         """Height and width of every picture; None where they depend on it."""

@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 import pretrain_pictures
 import readme_tasks
-from tasks_bench import line, table, texts, wrong
+from tasks_bench import line, pairs, sounds, table, texts, wrong
 from tasks_bench.entry import Missing, Places, split
 from tasks_bench.rows import ENTRIES
 from training_bench.processes import Measured
@@ -106,6 +107,38 @@ def test_blobs_overlap_and_their_boxes_are_in_the_picture() -> None:
     rings = [np.array([e["box"] for e in part if e["label"] == "ring"]) for _, _, part in found]
     shared = [np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2]) for part in rings for a, b in combinations(part, 2)]
     assert any((sides > 2).all() for sides in shared)
+
+
+def test_a_picture_has_its_class_in_words_and_no_picture_is_in_two_parts(tmp_path: Path) -> None:
+    pixels = np.stack([np.full((28, 28), 10 * kind + row, np.uint8) for row in range(5) for kind in range(10)])
+    known = pixels, np.arange(50) % 10
+    for part, first, count in (("train", 0, 3), ("valid", 3, 2)):
+        pairs.write(tmp_path, part, pairs.named(known, (3, 7), first, count))
+    seen = []
+    for part in ("train", "valid"):
+        for text in (tmp_path / part / f"{part}.jsonl").read_text(encoding="utf-8").splitlines():
+            row = json.loads(text)
+            seen.append(int(np.asarray(Image.open(tmp_path / part / row["image"])).max()))
+            assert row["text"] == f"a picture of a {pairs.KINDS[seen[-1] // 10]}"
+    assert len(seen) == len(set(seen)) == 10
+
+
+def test_the_speaker_that_is_adapted_to_is_not_pretrained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "fsdd").mkdir()
+    for digit in range(10):
+        for speaker in ("george", sounds.TEST):
+            for take in range(10):
+                (tmp_path / "fsdd" / f"{digit}_{speaker}_{take}.wav").write_bytes(b"")
+    monkeypatch.setattr(sounds, "made_by", lambda *_, **__: tmp_path / "model")
+    found = sounds.spelled(Places(tmp_path, tmp_path / "models", tmp_path / "work"))
+    first = tmp_path / "work" / "rows" / "fsdd-letters-first" / "train" / "train.jsonl"
+    assert sounds.TEST not in first.read_text(encoding="utf-8")
+    names = [
+        set(path.read_text(encoding="utf-8").splitlines())
+        for path in (found.data / "train" / "train.jsonl", found.data / "valid" / "valid.jsonl", found.test)
+    ]
+    assert [len(part) for part in names] == [50, 10, 40]
+    assert len(set.union(*names)) == 100
 
 
 def test_a_row_goes_the_whole_line_and_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

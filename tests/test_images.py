@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tolerances import PIXELS
 
 from edgelora.errors import DataError, ModelError
 from edgelora.images import ImageProcessor, open_picture
+from edgelora.preprocessor import image_settings
 
 PROCESSORS: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": ("vit.image_processing_pil_vit:ViTImageProcessorPil", {"size": {"height": 24, "width": 24}}),
@@ -38,6 +40,39 @@ def test_pixels_equal_transformers(name: str, tmp_path: Path) -> None:
         picture = Image.fromarray(random.integers(0, 256, shape).astype(np.uint8))
         wanted = np.asarray(theirs(picture, return_tensors="np")["pixel_values"][0])
         np.testing.assert_allclose(ours.normalize(ours.pixels(picture)), wanted, **PIXELS)
+
+
+UNNAMED: dict[str, tuple[str, str, dict[str, Any], str]] = {
+    "exact": ("image-classification", "resnet", {"size": {"height": 24, "width": 30}, "image_std": [0.2] * 3}, "ViT"),
+    "number": ("image-classification", "vit", {"size": 24, "do_normalize": False}, "ViT"),
+    "cropped": ("image-classification", "resnet", {"size": {"shortest_edge": 24}, "crop_pct": 0.875, "resample": 3}, "CLIP"),
+    "boxes": ("object-detection", "rt_detr", {"size": {"height": 24, "width": 24}, "do_rescale": False}, "RTDetr"),
+    "yolos": ("object-detection", "yolos", {"size": {"height": 32, "width": 48}, "image_mean": [0.4] * 3}, "Yolos"),
+    "shortest": ("object-detection", "detr", {"size": {"shortest_edge": 24, "longest_edge": 40}}, "Detr"),
+    "areas": ("image-segmentation", "unet", {"size": {"height": 32, "width": 24}}, "Segformer"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNNAMED)
+def test_settings_without_a_class_get_one_that_does_as_they_say(name: str, tmp_path: Path) -> None:
+    import transformers
+
+    task, model_type, settings, kind = UNNAMED[name]
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    ours = ImageProcessor.from_folder(tmp_path)
+    whole = image_settings(tmp_path, ours.as_config, task, model_type)
+    assert whole["image_processor_type"] == f"{kind}ImageProcessor"
+    assert ImageProcessor.from_config(whole) == ours
+    theirs = getattr(transformers, f"{kind}ImageProcessorPil").from_dict(dict(whole))
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (57, 31, 3)).astype(np.uint8))
+    wanted = np.asarray(theirs(picture, return_tensors="np")["pixel_values"][0])
+    np.testing.assert_allclose(ours.normalize(ours.pixels(picture)), wanted, **PIXELS)
+
+
+def test_a_class_of_the_model_stays_also_where_a_whole_processor_names_it(tmp_path: Path) -> None:
+    own = {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 24}, "crop_pct": 0.5}
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": own}), encoding="utf-8")
+    assert image_settings(tmp_path, dict, "image-classification", "resnet") == own
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "CMYK", "LA", "I;16"])

@@ -19,7 +19,8 @@ from typing import Any
 from pretrain_pictures import descend
 
 SIDE = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4}
-SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
+SPECIAL = ("<pad>", "<s>", "<unk>", "</s>")  # an end of 2 would make CLIP read a text at its largest token instead
+END = SPECIAL.index("</s>")
 TASKS = {"clip": "zero-shot-image-classification", "captioner": "image-to-text", "wav2vec2": "speech-recognition-ctc"}
 HEARING = {
     "hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4, "feat_extract_norm": "layer",
@@ -35,7 +36,7 @@ def write_bytes(folder: Path) -> int:
     letters = (*SPECIAL, *sorted(pre_tokenizers.ByteLevel.alphabet()))
     tokenizer = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(letters)}, merges=[]))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", END)])
     tokenizer.add_special_tokens(list(SPECIAL))
     tokenizer.save(str(folder / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>",
@@ -57,7 +58,7 @@ def write_letters(texts: list[str], folder: Path) -> int:
 def make_config(family: str, vocabulary: int, size: int) -> Any:
     import transformers
 
-    tokens = {"vocab_size": vocabulary, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    tokens = {"vocab_size": vocabulary, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": END}
     seeing = {**SIDE, "image_size": size, "patch_size": size // 8}
     if family == "clip":
         reading = {**SIDE, **tokens, "max_position_embeddings": 64}
@@ -67,7 +68,7 @@ def make_config(family: str, vocabulary: int, size: int) -> Any:
             **SIDE, **tokens, max_position_embeddings=64, is_decoder=True, add_cross_attention=True
         )
         config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(transformers.ViTConfig(**seeing), writing)
-        config.decoder_start_token_id, config.pad_token_id, config.eos_token_id = 1, 0, 2
+        config.decoder_start_token_id, config.pad_token_id, config.eos_token_id = 1, 0, END
         return config
     return transformers.Wav2Vec2Config(**HEARING, vocab_size=vocabulary, pad_token_id=0, ctc_zero_infinity=True)
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 END, PAD, UNKNOWN = "</s>", "<pad>", "<unk>"
-SHAPE = {"d_model": 256, "d_kv": 64, "d_ff": 768, "num_layers": 3, "num_decoder_layers": 3, "num_heads": 4, "dropout_rate": 0.1}
+SHAPE = {"d_model": 128, "d_kv": 32, "d_ff": 512, "num_layers": 3, "num_decoder_layers": 3, "num_heads": 4, "dropout_rate": 0.1}
 LONGEST = 96  # tokens of a source or target
 
 

@@ -181,7 +181,9 @@ def write_bundle(work: Work, max_length: int | None) -> None:
     graphs = graph_names(work.precision, checkpoint.task)
     inputs = write_graph(work, positions, graphs)
     longest = max_length or min(positions, MAX_LENGTH)
-    facts = BundleFacts(checkpoint.folder, checkpoint.config, work.precision, inputs, positions, longest, eos, bos, pad, graphs)
+    facts = BundleFacts(
+        checkpoint.folder, checkpoint.config, work.precision, inputs, positions, longest, eos, bos, pad, graphs, checkpoint.task
+    )
     write_files(work.staging, facts, spec)
     work.manifest |= {
         "task": checkpoint.task,

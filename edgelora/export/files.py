@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from edgelora.folder import write_json
+from edgelora.images import ImageProcessor
 from edgelora.models.families import rope_parameters
 from edgelora.models.spec import DecoderSpec
+from edgelora.preprocessor import PREPROCESSOR, image_settings
 from edgelora.tasks import get_task
 
 MODEL_NAMES = {
@@ -61,6 +63,7 @@ class BundleFacts:
     bos: int | None
     pad: int | None
     graphs: tuple[str, ...]  # names of the graphs' files, that of the decoder first
+    task: str
 
     @property
     def model_name(self) -> str:
@@ -71,6 +74,8 @@ def write_files(folder: Path, facts: BundleFacts, spec: DecoderSpec | None) -> N
     """Write config.json, generation_config.json, the tokenizer and, for a decoder, genai_config.json into `folder`."""
     write_json(folder / "config.json", bundle_config(folder, facts))
     write_tokenizer(folder, facts)
+    if "image" in get_task(facts.task).file_columns:
+        write_json(folder / PREPROCESSOR, preprocessor(facts))
     if spec is not None:
         write_json(folder / "generation_config.json", generation_config(facts))
         write_json(folder / "genai_config.json", genai_config(facts, spec))
@@ -153,6 +158,15 @@ def write_tokenizer(folder: Path, facts: BundleFacts) -> None:
     if isinstance(config.get("chat_template"), str):
         (folder / "chat_template.jinja").write_text(config["chat_template"], encoding="utf-8", newline="\n")
     write_json(folder / "tokenizer_config.json", config)
+
+
+def preprocessor(facts: BundleFacts) -> dict[str, Any]:
+    """Return preprocessor_config.json of a model of pictures, with the class that loaders ask for."""
+
+    def whole() -> dict[str, Any]:
+        return ImageProcessor.from_folder(facts.source).as_config()
+
+    return dict(image_settings(facts.source, whole, facts.task, str(facts.config.get("model_type"))))
 
 
 def genai_config(facts: BundleFacts, spec: DecoderSpec) -> dict[str, Any]:

@@ -12,14 +12,26 @@ if (!browser) throw new Error("no Chromium here: apt-get install chromium, or na
 
 const TYPES = { ".html": "text/html", ".js": "text/javascript", ".mjs": "text/javascript", ".wasm": "application/wasm", ".json": "application/json" };
 const PAGE = `<!doctype html><script type="module">
-import { env, pipeline, AutoTokenizer, AutoModelForCausalLM } from "/npm/@huggingface/transformers/dist/transformers.min.js";
+import { env, pipeline, AutoTokenizer, AutoModelForCausalLM, RawImage } from "/npm/@huggingface/transformers/dist/transformers.min.js";
 Object.assign(env, { allowRemoteModels: false, allowLocalModels: true, useBrowserCache: false, useWasmCache: false, localModelPath: "/" });
 env.backends.onnx.wasm.wasmPaths = location.origin + "/npm/onnxruntime-web/dist/";
 const words = (task, found) => {
   const first = Array.isArray(found) ? found[0] : found;
   if (task === "token-classification") return found.map((span) => [span.word, span.entity]);
+  if (task === "image-segmentation") {
+    const areas = found.map(({ label, mask }) => [label, mask.data.reduce((sum, value) => sum + (value > 0), 0) / mask.data.length]);
+    const [label, share] = areas.sort((a, b) => b[1] - a[1])[0];
+    return [label, Math.round(share * 100) / 100];
+  }
   const said = first.label ?? first.answer ?? first.text ?? first.generated_text ?? first.translation_text;
   return said?.trim();
+};
+// The pipeline takes the last class for "no object", which RT-DETR and D-FINE do not have: theirs are read by their sigmoids.
+const boxes = async ({ model, processor }, given) => {
+  const found = await model(await processor(await RawImage.read(given)));
+  const names = model.config.id2label;
+  const alone = found.logits.dims.at(-1) === Object.keys(names).length;
+  return processor.image_processor.post_process_object_detection(found, 0.5, null, alone)[0].classes.map((kind) => names[kind]).sort();
 };
 window.run = async ({ task, inputs, new_tokens, dtype }) => {
   const options = { dtype, device: "wasm" };
@@ -36,14 +48,20 @@ window.run = async ({ task, inputs, new_tokens, dtype }) => {
     return said;
   }
   const pipe = await pipeline(task, "bundle", options);
-  const more = ["translation", "summarization", "text2text-generation"].includes(task) ? [{ max_new_tokens: new_tokens }] : [];
-  for (const given of inputs) said.push(words(task, await (task === "question-answering" ? pipe(...given.split("|")) : pipe(given, ...more))));
+  const writes = ["translation", "summarization", "text2text-generation", "image-to-text"].includes(task);
+  const more = writes ? [{ max_new_tokens: new_tokens }] : [];
+  for (const given of inputs) {
+    if (task === "object-detection") { said.push(await boxes(pipe, given)); continue; }
+    const [first, ...others] = given.split("|");
+    const parts = task === "question-answering" ? [first, ...others] : task === "zero-shot-image-classification" ? [first, others, { hypothesis_template: "{}" }] : [given, ...more];
+    said.push(words(task, await pipe(...parts)));
+  }
   return said;
 };
 window.loaded = true;
 </script>`;
 
-const files = request.inputs.filter((given) => existsSync(given));
+const files = request.inputs.map((given) => given.split("|")[0]).filter((given) => existsSync(given));
 const server = createServer((asked, answer) => {
   const path = normalize(decodeURIComponent(new URL(asked.url, "http://localhost").pathname));
   answer.setHeader("Cross-Origin-Opener-Policy", "same-origin");
@@ -66,7 +84,10 @@ server.listen(0, "127.0.0.1", async () => {
     await page.goto(`http://127.0.0.1:${server.address().port}/`);
     await page.waitForFunction("window.loaded");
     const dtype = JSON.parse(readFileSync(join(request.bundle, "config.json"), "utf8"))["transformers.js_config"].dtype;
-    const inputs = request.inputs.map((given) => existsSync(given) ? `/input/${files.indexOf(given)}` : given);
+    const inputs = request.inputs.map((given) => {
+      const [first, ...others] = given.split("|");
+      return [existsSync(first) ? `/input/${files.indexOf(first)}` : first, ...others].join("|");
+    });
     console.log(JSON.stringify(await page.evaluate((given) => window.run(given), { ...request, inputs, dtype })));
   } catch (error) {
     console.error(String(error.message ?? error).split("\n")[0]);

@@ -42,6 +42,9 @@ def ask(loader: str, bundle: Path, task: str, inputs: list[str]) -> tuple[list[A
     """Return what a loader said of each input, or None, and in words."""
     if loader == "onnxruntime-genai" and task != "text-generation":
         return None, "for decoders only"
+    own = str(json.loads((bundle / "config.json").read_text(encoding="utf-8")).get("model_type")).startswith("edgelora")
+    if own and loader in ("optimum-onnx", "transformers.js"):
+        return None, "it knows the models of transformers alone"
     if loader == "transformers.js" and task in NO_PIPELINE:
         return None, "it has no pipeline for this task"
     request = json.dumps({"bundle": str(bundle), "task": task, "inputs": inputs, "new_tokens": NEW_TOKENS})
@@ -88,7 +91,12 @@ def main() -> int:
     sys.path.insert(0, str(ROOT))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundles", type=Path, nargs="+", metavar="BUNDLE")
-    parser.add_argument("--input", action="append", default=[], help="text, or file; default: some texts of the task")
+    parser.add_argument(
+        "--input",
+        action="append",
+        default=[],
+        help="text, or file (a sound of the model's rate); default: some texts of the task",
+    )
     parser.add_argument("--json", type=Path, help="write the rows here too")
     options = parser.parse_args()
     from edgelora import console

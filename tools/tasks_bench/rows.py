@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from tasks_bench import pictures, sequences, sounds, texts
+from tasks_bench import pairs, pictures, sequences, sounds, texts
 from tasks_bench.entry import Entry
 
 ENTRIES = (
@@ -40,16 +40,24 @@ ENTRIES = (
         options={"epochs": 40},
     ),
     Entry(
+        "fashion-names", "zero-shot-image-classification", "CLIP, small", "Fashion-MNIST: classes in words", "accuracy",
+        pairs.names, has_head=False,
+    ),
+    Entry(
         "fsdd-words", "automatic-speech-recognition", "Whisper tiny.en", "FSDD digits", "wer", sounds.words, has_head=False,
+    ),
+    Entry(
+        "fsdd-letters", "speech-recognition-ctc", "wav2vec2, small", "FSDD digits", "cer", sounds.spelled,
+        options={"epochs": 10}, has_head=False,
     ),
     Entry("fsdd-digits", "audio-classification", "Whisper tiny.en", "FSDD digits", "accuracy", sounds.classes),
     Entry(
         "meanings", "translation", "T5, small", "E2E: meaning → text", "bleu", sequences.meanings,
-        options={"epochs": 2}, has_head=False, rows=120,
+        options={"epochs": 3, "learning-rate": 3e-3}, has_head=False, rows=120,
     ),
     Entry(
         "catalogues", "translation", "T5, small", "iso-codes' names of languages, English → German", "chrf",
-        sequences.catalogues, options={"epochs": 2}, has_head=False, rows=200,
+        sequences.catalogues, options={"epochs": 2, "learning-rate": 3e-3}, has_head=False, rows=200,
     ),
     Entry(
         "e2e", "text-generation", "SmolLM2-135M", "E2E: meaning → text", "loss", texts.descriptions,

@@ -6,11 +6,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from training_bench.processes import python, run
+from training_bench.processes import ROOT, python, run
 
-from tasks_bench.entry import Missing, Places, Prepared, new_folder
+from tasks_bench.entry import Missing, Places, Prepared, new_folder, shuffled
+from tasks_bench.pictures import held_out, made_by
 from tasks_bench.texts import write_jsonl
 
+PRETRAIN = ROOT / "tools" / "pretrain_pairs.py"
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TRAIN, VALID, TEST = ("jackson", "lucas"), "george", "yweweler"
 SECONDS = 2  # the window: the longest digit takes 1.1 s
@@ -31,9 +33,7 @@ def digits(places: Places, folder: Path, column: str, value: Callable[[int], str
         rows[part].append({"audio": f"clips/{path.name}", column: value(int(digit))})
     for part, found in rows.items():
         write_jsonl(folder / part / f"{part}.jsonl", found)
-    away = new_folder(folder.with_name(f"{folder.name}-held-out")) / "test"
-    (folder / "test").rename(away)
-    return folder, away / "test.jsonl"
+    return folder, held_out(folder) / "test.jsonl"
 
 
 def short_whisper(places: Places) -> Path:
@@ -58,3 +58,32 @@ def classes(places: Places) -> Prepared:
     model = short_whisper(places)
     data, test = digits(places, places.work / "rows" / "fsdd-digits", "label", lambda digit: WORDS[digit])
     return Prepared(str(model), data, test, note=f"Whisper's encoder, a window of {SECONDS} s; another speaker is held out")
+
+
+def spelled(places: Places) -> Prepared:
+    """A small wav2vec2 is trained here on three speakers and adapted to the fourth, whose other recordings are held out."""
+    minutes, folder, first = 5.0, places.work / "rows" / "fsdd-letters", places.work / "rows" / "fsdd-letters-first"
+    recordings = sorted(places.source("fsdd").glob("*.wav"))
+    own = shuffled([path for path in recordings if speaker(path) == TEST])
+    others = [path for path in recordings if speaker(path) != TEST]
+    manifest(others, new_folder(first), "train")
+    new_folder(folder)
+    for name, paths in {"train": own[:50], "valid": own[50:60], "test": own[60:]}.items():
+        manifest(paths, folder, name)
+    rows = first / "train" / "train.jsonl"
+    model = made_by(PRETRAIN, places, "wav2vec2-digits", ("wav2vec2", rows), "--minutes", minutes)
+    note = f"pretrained here for {minutes:g} min on three speakers ({len(others)} recordings), adapted to 50 of the fourth"
+    return Prepared(str(model), folder, held_out(folder) / "test.jsonl", note=note)
+
+
+def speaker(path: Path) -> str:
+    return path.stem.split("_")[1]
+
+
+def manifest(paths: list[Path], folder: Path, part: str) -> None:
+    """Write FOLDER/PART/PART.jsonl with the recordings beside it, each with the word of its digit."""
+    (folder / part / "clips").mkdir(parents=True)
+    for path in paths:
+        shutil.copyfile(path, folder / part / "clips" / path.name)
+    rows = [{"audio": f"clips/{path.name}", "text": WORDS[int(path.stem.split("_")[0])]} for path in paths]
+    write_jsonl(folder / part / f"{part}.jsonl", rows)
