@@ -16,8 +16,10 @@ from __future__ import annotations
 import mmap
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from torch import nn
 
 Range = tuple[int, int]  # [start, stop) in bytes; starts are multiples of the page size
 WORTH_KEEPING = 0.5  # of the file
@@ -91,3 +93,15 @@ class Stream:
     def _advise(self, advice: str, part: Range) -> None:
         if part[0] < part[1] and hasattr(self._mapping, "madvise") and hasattr(mmap, advice):
             self._mapping.madvise(getattr(mmap, advice), part[0], part[1] - part[0])
+
+
+def in_turn(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the blocks of a streamed model, each while it is in memory; of another the model itself."""
+    stream: Stream | None = getattr(model, "stream", None)
+    if stream is None:
+        yield model
+        return
+    for index, block in enumerate(model.get_submodule("blocks").children()):
+        stream.enter(index)
+        yield block
+        stream.leave(index)

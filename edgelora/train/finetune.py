@@ -166,6 +166,7 @@ class Training:
                 trainer.state.base = self.score(generate=self.writes_answers())
         with self.stages.time("calibrate"):
             start_on_grid(self.model, self.run, self.out)
+            on_grid.round_all(self.model)
         trainer.state.seconds = self.stages.seconds
         state = trainer.run()
         self.stages.seconds = state.seconds

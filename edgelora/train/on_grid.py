@@ -19,6 +19,7 @@ from edgelora.adapters.learned_scales import LearnedScales
 from edgelora.adapters.lora import LoRA
 from edgelora.errors import FolderError, ModelError
 from edgelora.models.linear import FrozenLinear
+from edgelora.models.stream import in_turn
 from edgelora.models.weights import Entry, file_entries, read_entry
 from edgelora.quant.bits import PRECISION_BITS, choose_bits, error_bits
 from edgelora.quant.grid import QuantizedTensor
@@ -84,6 +85,15 @@ def warming_up(model: nn.Module, step: int, num_steps: int, share: float) -> Ite
     finally:
         for adapter in found:
             adapter.unrounded = False
+
+
+def round_all(model: nn.Module) -> None:
+    """Round every adapter on the grid, before the first step does: made within it, what stays from step to step would lie
+    between its temporaries, and hold the heap open there. Streamed blocks are dropped again after it."""
+    for block in in_turn(model):
+        for adapter in adapters(block).values():
+            if adapter.grid is not None:
+                adapter.rounded()
 
 
 def learned_scales(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -45,6 +45,7 @@ class AdamW:
         self.param_groups = [{"lr": learning_rate, "weight_decay": 0.0, "lr_scale": 1.0, **group} for group in groups]
         self.state: dict[Tensor, dict[str, Tensor]] = {}
         self.bits, self.betas, self.eps = bits, betas, eps
+        self._space = torch.empty(0)  # for moments in fp32 that are not there yet
 
     @torch.no_grad()
     def step(self) -> None:
@@ -101,8 +102,16 @@ class AdamW:
                 state[name] = torch.zeros(parameter.numel(), dtype=torch.uint8)
                 state[f"{name}_scale"] = torch.zeros(math.ceil(parameter.numel() / BLOCK))
             else:
-                state[name] = torch.zeros_like(parameter)
+                state[name] = self._zeros(parameter)
         return state
+
+    def _zeros(self, parameter: nn.Parameter) -> Tensor:
+        """Return zeros of a parameter's shape: a part of one piece of memory, as gradients are."""
+        if self._space.numel() < parameter.numel():
+            new = [p for group in self.param_groups for p in group["params"] if p not in self.state]
+            self._space = torch.zeros(len(MOMENTS) * sum(p.numel() for p in new if self.bits != 8 or p.numel() < LEAST))
+        part, self._space = self._space[: parameter.numel()], self._space[parameter.numel() :]
+        return part.view_as(parameter)
 
     def _advance(self, m: Tensor, v: Tensor, grad: Tensor) -> None:
         m.lerp_(grad, 1 - self.betas[0])

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
-
 from edgelora.adapters import scales
 from edgelora.errors import ModelError, SettingsError
 from edgelora.models.linear import FrozenLinear
+from edgelora.models.stream import in_turn
 from edgelora.quant.bits import PRECISION_BITS, choose_bits, error_bits
 from edgelora.quant.grid import QuantizedTensor
 from edgelora.quant.measure import relative_error
@@ -94,18 +93,12 @@ def choose_grid(source: ModelSource, task: str, config: FinetuneConfig) -> dict[
 
 def code_digests(model: Model) -> dict[str, str]:
     """Return the sha256 of each linear layer's codes by path; streamed blocks are dropped again after it."""
-    stream = getattr(model, "stream", None)
     found: dict[str, str] = {}
-    blocks: list[nn.Module] = [model] if stream is None else list(model.get_submodule("blocks").children())
-    for index, block in enumerate(blocks):
-        if stream is not None:
-            stream.enter(index)
+    for block in in_turn(model):
         for layer in block.modules():
             if isinstance(layer, FrozenLinear) and layer.quantized is not None:
                 grid = layer.quantized
                 found[layer.path] = codes_digest(grid.codes.numpy(), grid.bits, grid.block_size)
-        if stream is not None:
-            stream.leave(index)
     return found
 
 
