@@ -21,7 +21,7 @@ from edgelora.models.convolution import GEOMETRY, FrozenConv
 from edgelora.models.linear import FrozenLinear
 from edgelora.models.linear_group import LinearGroup, linears
 from edgelora.models.scale_gradient import of_codes, scale_gradient, telling
-from edgelora.quant.grid import QuantizedTensor, dequantize, quantize
+from edgelora.quant.grid import QuantizedTensor, dequantize, quantize, unwritten
 
 if TYPE_CHECKING:
     from edgelora.config import FinetuneConfig
@@ -238,12 +238,10 @@ class LoRA(nn.Module):
     def scale_gradient(self, grad_TN: Tensor, h_TK: Tensor) -> Tensor:
         """Return the gradient of `log_scales`: s·Σ dW (q - z) over each block, s = bf16(s_max · exp(log_scales)).
 
-        The codes are those of W / s_max and do not depend on what is learned (LR-QAT, arXiv 2406.06385, section 3). The
-        rounding of s to bf16 counts as none. One token in TOKENS_PER_SCALE is looked at.
-        """
+        The codes of W / s_max do not depend on it (LR-QAT, arXiv 2406.06385, section 3); that s is bf16 counts as nothing."""
         tensor = self.rounded()
-        few_TN, few_TK = telling(grad_TN, h_TK, -(-len(h_TK) // TOKENS_PER_SCALE))
-        return scale_gradient(few_TN, few_TK, tensor.block_size, of_codes(tensor)).mul_(tensor.scales)
+        few = telling(grad_TN, h_TK, -(-len(h_TK) // TOKENS_PER_SCALE))
+        return scale_gradient(*few, tensor.block_size, of_codes(tensor)).mul_(tensor.scales)
 
     def _rescale(self, base_TN: Tensor, low_TR: Tensor, magnitude_N: Tensor) -> Tensor:
         """DoRA: (x W0ᵀ + s·x AᵀBᵀ) · m / ‖W0 + s·BA‖ + bias, the norm taken as a constant (the paper's section 4.3)."""
@@ -274,6 +272,11 @@ class LoRA(nn.Module):
                     tensor.scales.copy_(torch.exp(self.log_scales).mul_(tensor.scales).bfloat16())
                 self._rounded = versions, tensor
         return self._rounded[1]
+
+    def make_room(self) -> None:
+        """Take the memory of the rounded weight before its first rounding."""
+        if self.grid is not None and self._rounded is None:
+            self._rounded = (), unwritten(self.out_features, self.in_features, *self.grid)
 
     def to_round(self) -> Tensor:
         """Return the weight that is rounded: `start`, or where there is none W0, with the adapter in it, fp32 `[N, K]`."""

@@ -46,19 +46,22 @@ def quantize(weight_NK: Tensor, bits: int, block_size: int, into: QuantizedTenso
     one code more that the negative side has is always used, so a scale may be negative.
     """
     num_outputs, num_inputs = weight_NK.shape
-    num_blocks = -(-num_inputs // block_size)
-    if into is None:
-        codes = torch.empty(num_outputs, num_blocks, block_size * bits // 8, dtype=torch.uint8)
-        scales = torch.empty(num_outputs, num_blocks)
-    else:
-        codes, scales = into.codes, into.scales
+    found = unwritten(num_outputs, num_inputs, bits, block_size) if into is None else into
+    codes, scales = found.codes, found.scales
     # Some rows at a time: the temporaries stay small beside an embedding of 49,152 rows.
     step = max(1, ROUNDED_AT_ONCE // max(num_inputs, 1))
     for start in range(0, num_outputs, step):
         part = weight_NK[start : start + step]
         scales[start : start + step] = choose_scales(part, bits, block_size)
         codes[start : start + step] = encode(part, scales[start : start + step], bits, block_size).codes
-    return QuantizedTensor(codes, scales, bits, block_size, num_inputs)
+    return found
+
+
+def unwritten(num_outputs: int, num_inputs: int, bits: int, block_size: int) -> QuantizedTensor:
+    """Return the memory of a weight on the grid."""
+    num_blocks = -(-num_inputs // block_size)
+    codes = torch.empty(num_outputs, num_blocks, block_size * bits // 8, dtype=torch.uint8)
+    return QuantizedTensor(codes, torch.empty(num_outputs, num_blocks), bits, block_size, num_inputs)
 
 
 def choose_scales(weight_NK: Tensor, bits: int, block_size: int) -> Tensor:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from edgelora import memory
 from edgelora.adapters.inject import adapters
 from edgelora.adapters.learned_scales import LearnedScales
 from edgelora.adapters.lora import LoRA
@@ -88,12 +89,15 @@ def warming_up(model: nn.Module, step: int, num_steps: int, share: float) -> Ite
 
 
 def round_all(model: nn.Module) -> None:
-    """Round every adapter on the grid, before the first step does: made within it, what stays from step to step would lie
-    between its temporaries, and hold the heap open there. Streamed blocks are dropped again after it."""
+    """Round every adapter on the grid, before the first step does: what stays from step to step would lie between temporaries,
+    and hold the heap open there. Streamed blocks are dropped again after it."""
+    for adapter in adapters(model).values():
+        adapter.make_room()
     for block in in_turn(model):
         for adapter in adapters(block).values():
             if adapter.grid is not None:
                 adapter.rounded()
+    memory.trim()
 
 
 def learned_scales(model: nn.Module) -> dict[str, nn.Parameter]:
