@@ -27,6 +27,7 @@ SLOW_PRODUCTS = 0.3  # share of the rate that products with the few columns of a
 SUMMING = 0.3e-9  # per weight and piece: its gradient's part in that of a block scale
 TOKENS_PER_SCALE = 4  # adapters/lora.py
 OPTIMIZER = {32: 1.5e-9, 8: 20e-9}  # seconds per trained weight and step, clipping counted
+TENSOR_SECONDS = 35e-6  # of them for each trained tensor, however small it is
 FILE_BYTES = 1.5e9  # bytes a second of writing and reading kept activations
 STREAM_BYTES = 2.0e9  # bytes a second of weights that are read again after they were dropped
 
@@ -92,7 +93,8 @@ def step_seconds(shape: ModelShape, settings: Settings) -> float:
 def update_seconds(shape: ModelShape, settings: Settings) -> float:
     """Return the seconds of clipping and the optimizer's step."""
     scales = settings.grid_scales * costs.adapted_weights(shape, settings) / costs.BLOCK_SIZE
-    return OPTIMIZER[settings.optimizer_bits] * (costs.adapter_weights(shape, settings) + scales)
+    tensors = len(settings.targets) * (1 if settings.scales else 2 + settings.grid_scales)
+    return OPTIMIZER[settings.optimizer_bits] * (costs.adapter_weights(shape, settings) + scales) + TENSOR_SECONDS * tensors
 
 
 def training_seconds(shape: ModelShape, settings: Settings, load: Load) -> float:

@@ -9,6 +9,7 @@ and the random state is put back: the run's weights are those of a run without a
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import statistics
 import threading
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 MB = 1 << 20
 FIRST_SHARES, WHOLE = (0.25, 0.5), (0.5, 1.0)  # of the largest piece
 REHEARSALS = 2
-ROUNDED = 14  # layers that are rounded for their time
+ROUNDED = 24 << 20  # weights that are rounded for their time: with what they are rounded from, more than caches hold
 LONG = 10.0  # seconds from which a pass is not made again for its time: what disturbs it is small beside it
 REPEATS, REPEATED = 3, 4.0  # passes for the time of a part, of which the median counts; seconds after which one is the last
 CROWDED = 1.5  # times what is resident: a memory limit below makes the system drop pages that are in use
@@ -107,7 +108,8 @@ class Probe:
         """Return the seconds of rounding all adapted layers, as every step does where training is on the grid: some of them are
         rounded, for all at once would bring a streamed model into memory. `started`: from a start of their own, made later."""
         found = [adapter for adapter in inject.adapters(self.model).values() if adapter.grid is not None]
-        some = found[:ROUNDED]
+        sizes = itertools.accumulate(adapter.out_features * adapter.in_features for adapter in found)
+        some = found[: max(1, sum(size <= ROUNDED for size in sizes))]
         for adapter in some if started else ():
             adapter.begin_with(quantize(adapter.frozen.weight_fp32(), start.START_BITS, on_grid.BLOCK_SIZE))
         for _ in range(2):  # the first is not counted
