@@ -130,7 +130,10 @@ def test_memory_and_time_are_corrected_by_what_was_measured(made: tuple[Planner,
     correction, rate = probe.correct(planner, choice, found), probe.pace(planner, choice, found, 0.0)
     assert correction.fixed == pytest.approx(30 * MB, rel=1e-3)
     assert correction.activations == pytest.approx(1.2, rel=1e-3)
-    assert rate == pytest.approx(3.0, rel=1e-2)  # the update, which is not measured, counted
+    load, parts = planner.situation.work.loads[choice.settings.micro_batch], (planner.situation.shape, choice.settings)
+    pieces = choice.seconds - load.steps * speed.step_seconds(*parts)
+    updates = load.steps * speed.update_seconds(*parts)  # which are not measured
+    assert rate * choice.seconds == pytest.approx(3.0 * pieces + updates, rel=1e-3)
     corrected = planner.corrected(correction, rate).plan()[0]
     assert corrected.predicted_peak_mb == pytest.approx(plain.predicted_peak_mb + 30, abs=2)
     # and again: what was corrected once is not corrected twice
