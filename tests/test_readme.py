@@ -236,11 +236,15 @@ def test_what_training_costs_is_condensed(tmp_path: Path) -> None:
     assert list(plan[0].values()) == ["SmolLM2-135M", 2, 1, -5.0, 3.0, 20.0, 20.0]
 
 
-def test_what_was_not_measured_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_not_measured_stays_or_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = results_file(tmp_path / "a.json", {"curve/smollm2": [], "plan/worst": {"settings": 0}})
     found = readme_training.condense([file])
     assert list(found) == ["machine"]
     assert readme_training.tables(found) == []
+    assert readme_training.condense([file], {**found, "plan": {"settings": 3}})["plan"] == {"settings": 3}
+    both = readme_training.beside({"rate": {"qwen-7b": [1], "smollm2": [2]}}, {"rate": {"smollm2": [3]}})
+    assert list(both["rate"].items()) == [("smollm2", [3]), ("qwen-7b", [1])]
+    assert readme_training.condense([file], {"machine": "another", "plan": {"settings": 3}}) == found
     other = results_file(tmp_path / "b.json", {}, processor="Intel Xeon")
     with pytest.raises(SystemExit, match="has another processor than the first file"):
         readme_training.condense([file, other])

@@ -213,7 +213,7 @@ def main() -> None:
     if arguments.measured:
         shutil.copyfile(arguments.measured, FIGURES)
     if arguments.training:
-        keep(TRAINING, readme_training.condense(arguments.training))
+        keep(TRAINING, readme_training.condense(arguments.training, figures(TRAINING)))
     if arguments.device:
         keep(DEVICE, readme_device.condense(arguments.device))
     if arguments.merging:

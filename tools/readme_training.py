@@ -1,7 +1,7 @@
 """What training costs, for README.md: the results of tools/bench_training condensed to the figures that the page shows.
 
-Several results files are merged; where two have measured the same, the later one counts. A part that none has measured is
-left out. Results of two machines, or of two versions of the peer's packages, are refused: their figures say nothing about
+Several results files are merged; where two have measured the same, the later one counts. A part that none has measured stays
+as it was. Results of two machines, or of two versions of the peer's packages, are refused: their figures say nothing about
 each other.
 """
 
@@ -27,8 +27,9 @@ GRID_BITS = 8  # fewer bits of the frozen weights leave no grid to train on (edg
 HELD = ("processor", "architecture", "physical_cores", "packages")  # what all files must have in common
 
 
-def condense(paths: Iterable[Path]) -> dict[str, Any]:
-    """Return {"machine", and of each part that was measured its tables by model} of results files.
+def condense(paths: Iterable[Path], kept: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Return {"machine", and of each part that was measured its tables by model} of results files; the parts that they did not
+    measure as `kept`, the content of before, has them, if it is of the same machine and packages.
 
     Raises SystemExit for files that are no results or do not go together.
     """
@@ -50,7 +51,17 @@ def condense(paths: Iterable[Path]) -> dict[str, Any]:
         content["rounds"] = {model: rounds(runs, model) for model in content["speed"]}
     planned = of(parts, "plan")
     plan = predictions([row for part in planned.values() for row in part])
-    return content | ({"plan": {"models": "; ".join(MODELS[model] for model in planned), **plan}} if plan else {})
+    content |= {"plan": {"models": "; ".join(MODELS[model] for model in planned), **plan}} if plan else {}
+    return beside(kept, content) if kept and kept["machine"] == content["machine"] else content
+
+
+def beside(kept: dict[str, Any], content: dict[str, Any]) -> dict[str, Any]:
+    """Return the content with what it does not say of a part or a model as it was kept."""
+    found = {**kept, **content}
+    for name in PARTS.keys() & kept.keys() & content.keys():
+        tables = {**kept[name], **content[name]}
+        found[name] = {model: tables[model] for model in MODELS if model in tables}
+    return found
 
 
 def read(path: Path) -> dict[str, Any]:
