@@ -65,7 +65,7 @@ def export(
 
     Returns the figures of `--json`; `table` has a run's held-out rows scored again.
     """
-    refuse_existing(out, overwrite=overwrite)
+    refuse_existing(out, overwrite=overwrite, inputs=(target, model, wishes.get("calibrate"), trim_vocabulary or None))
     refuse_vendor(vendor, device)
     beginning.refuse(adapters)
     temporary = out.with_name(f".{out.name}.merged")
