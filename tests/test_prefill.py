@@ -56,7 +56,11 @@ def test_a_product_is_that_of_rounded_tokens_and_rounded_outputs(decoder_model: 
     paths = [f"model.layers.0.mlp.{part}_proj" for part in ("gate", "up")]
     g = GraphBuilder("product")
     x = g.input("x", ir.DataType.FLOAT, (1, "tokens", 32))
-    g.output(Int8Layers(g, checkpoint).linear(x, *paths), "y", ir.DataType.FLOAT, (1, "tokens", 96))
+    layers = Int8Layers(g, checkpoint)
+    assert not layers.can_pack(paths)
+    both = g.op("Concat", [layers.linear(x, path) for path in paths], "both", axis=-1)
+    g.output(both, "y", ir.DataType.FLOAT, (1, "tokens", 96))
+    assert sum(node.op_type == "QuantizeLinear" for node in g.graph) == 1, "what both read is rounded once"
     save(g.model(), tmp_path / "product.onnx")
     tokens = np.random.default_rng(0).standard_normal((1, 7, 32)).astype(np.float32)
     tokens[0, 3] *= 1000  # one token's size must not cost the others their digits

@@ -12,6 +12,7 @@ Operators: ONNX Runtime's ContribOperators.md, MatMulIntegerToFloat; ONNX, Quant
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
@@ -21,14 +22,18 @@ from edgelora.export.linear import FAST_LEVEL, LinearLayers
 from edgelora.quant.grid import QuantizedTensor, dequantize
 
 STEPS = 127  # on each side of zero
-LEAST = 1e-20  # of a token's magnitudes, where all of them are zero
+LEAST = 1e-20  # scale of an output whose weights are all zero
 
 
+@dataclass
 class Int8Layers(LinearLayers):
     """As LinearLayers, for layers that multiply 8-bit activations anyway (accuracy level 4); the others stay as they are."""
 
+    _rounded: dict[ir.Value, tuple[ir.Value, ir.Value]] = field(default_factory=dict)  # inputs that several layers read
+
     def can_pack(self, paths: Sequence[str]) -> bool:
-        return super().can_pack(paths) or all(self.is_int8(path) for path in paths)
+        """Products side by side would only be taken apart again, which takes longer than two of them."""
+        return len(paths) != 2 and (super().can_pack(paths) or all(self.is_int8(path) for path in paths))
 
     def is_int8(self, path: str) -> bool:
         return self.storage(path)[2] == FAST_LEVEL
@@ -37,19 +42,27 @@ class Int8Layers(LinearLayers):
         if not self.is_int8(paths[0]):
             return super()._product(x, name, paths)
         g = self.graph
-        sizes = g.op(
-            "ReduceMax", [g.op("Abs", [x], f"{name}/Abs"), g.constant([-1], np.int64)], f"{name}/ReduceMax", keepdims=1
-        )
-        sizes = g.op("Max", [sizes, g.constant(LEAST)], f"{name}/Max")
-        step, middle = g.constant(1.0 / STEPS), g.constant(STEPS + 1, np.uint8)
-        codes = g.op("QuantizeLinear", [g.op("Div", [x, sizes], f"{name}/Div"), step, middle], f"{name}/QuantizeLinear")
+        if x not in self._rounded:
+            self._rounded[x] = self._round(x, name)
+        codes, sizes = self._rounded[x]
         weight, scales = self._weights(name, paths)
-        y = g.op(
-            "MatMulIntegerToFloat", [codes, weight, step, scales, middle], f"{name}/MatMulIntegerToFloat", domain=MICROSOFT
-        )
+        inputs = [codes, weight, g.constant(1.0 / STEPS), scales, g.constant(STEPS + 1, np.uint8)]
+        y = g.op("MatMulIntegerToFloat", inputs, f"{name}/MatMulIntegerToFloat", domain=MICROSOFT)
         y = g.op("Mul", [y, sizes], f"{name}/Mul")
         bias = self._bias(name, paths)
         return y if bias is None else g.op("Add", [y, bias], f"{name}/Add")
+
+    def _round(self, x: ir.Value, name: str) -> tuple[ir.Value, ir.Value]:
+        """Return x `[…, K]` as uint8 codes, and each token's largest magnitude `[…, 1]`.
+
+        Where that is 0 codes are of 0 / 0: any at all, and 0 when they are multiplied by it.
+        """
+        g = self.graph
+        sizes = g.op(
+            "ReduceMax", [g.op("Abs", [x], f"{name}/Abs"), g.constant([-1], np.int64)], f"{name}/ReduceMax", keepdims=1
+        )
+        inputs = [g.op("Div", [x, sizes], f"{name}/Div"), g.constant(1.0 / STEPS), g.constant(STEPS + 1, np.uint8)]
+        return g.op("QuantizeLinear", inputs, f"{name}/QuantizeLinear"), sizes
 
     def _weights(self, name: str, paths: Sequence[str]) -> tuple[ir.Value, ir.Value]:
         """Return the weights int8 [K, N] and their scales fp32 [N] of layers side by side."""
