@@ -55,21 +55,22 @@ def test_sides_take_turns_on_the_same_tokens(work: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(speed, "run", run)
     results = Results(work / "device.json", {"commit": "abc"})
     rows = speed.measure("smollm2", results, work, bundles=[], rounds=2, threads=2, lengths=(16, 8))
-    assert [name for _, name in turns] == ["edgelora", "llama", "llama", "genai"] * 2
+    assert [name for _, name in turns] == ["edgelora", "edgelora", "llama", "llama", "genai"] * 2
     assert [python for python, name in turns if name != "edgelora"] == [
         "python-of-llama",
         "python-of-llama",
         "python-of-onnx",
     ] * 2
-    assert [len(request["text"]) for request in requests] == [speed.TEXT_TOKENS] * 4 + [0] * 4
+    assert [len(request["text"]) for request in requests] == [speed.TEXT_TOKENS] * 5 + [0] * 5
     assert all(request["prompts"] == requests[0]["prompts"] for request in requests)
     assert [len(prompt) for prompt in requests[0]["prompts"]] == [16] * speed.PROMPTS
     assert [row["side"] for row in rows] == [
-        "EdgeLoRA", "llama.cpp Q4_1", "llama.cpp Q4_0", "onnxruntime-genai", "EdgeLoRA / better peer",
+        "EdgeLoRA", "EdgeLoRA --fast-prompts", "llama.cpp Q4_1", "llama.cpp Q4_0", "onnxruntime-genai",
+        "EdgeLoRA / better peer", "EdgeLoRA --fast-prompts / better peer",
     ]  # fmt: skip
     assert rows[-1] == {
-        "side": "EdgeLoRA / better peer", "prefill, tok/s": 1.5, "decode, tok/s": 1.25, "load, s": 0.5, "peak, MB": 0.9,
-        "anonymous, MB": None, "loss": 0.9,
+        "side": "EdgeLoRA --fast-prompts / better peer", "prefill, tok/s": 1.5, "decode, tok/s": 1.25, "load, s": 0.5,
+        "peak, MB": 0.9, "anonymous, MB": None, "loss": 0.9,
     }  # fmt: skip
     assert results.content["parts"]["speed/smollm2"] == rows
 

@@ -128,3 +128,8 @@ INT8_ACCURACY = 0.3
 # Logits of a tiny int4 bundle from a cached prefix against all of the prompt computed at once (numpy.testing): chunks of other
 # sizes are summed in another order, and an activation at the edge of two int8 values may fall to the other side.
 PREFIX_LOGITS = {"rtol": 1e-3, "atol": 1e-3}
+# One product of integers, which are exact: scales are multiplied in another order.
+INT8_PRODUCT = {"rtol": 1e-5, "atol": 1e-5}
+# Keys and values, or logits, after prompts in 8 bits, mean difference by mean size: each rounding moves a value by up to 0.4%
+# of its row's largest, which is three times its mean, and a few layers add theirs.
+INT8_CACHE = 0.08

@@ -53,6 +53,11 @@ from edgelora.errors import SettingsError
     help="Ship the KV cache of the instruction that prompts begin with. Without a text: of what all prompts of a RUN do.",
 )
 @click.option("--system", metavar="TEXT|FILE", help="The same of a system turn, for chats.")
+@click.option(
+    "--fast-prompts",
+    is_flag=True,
+    help="Ship a graph for prompts too, in 8 bits: about twice as fast from 100 tokens on, for a byte more for each weight.",
+)
 @click.option("--onto", type=FOLDER, metavar="BUNDLE", help="Add a RUN as an adapter to this bundle, or to a copy of it at -o.")
 @click.option("--name", help="Name of the adapter that --onto adds. Default: the RUN folder's.")
 @rounding_options
@@ -133,6 +138,7 @@ def add(
     given |= {f"--{key}": options[key] for key in ("calibrate", "columns", "size", "loss")}
     given |= {"--trim-vocabulary": options["trim_vocabulary"], "--vendor": options["vendor"]}
     given |= {f"--{key}": options[key] for key in ("prefix", "system")}
+    given |= {"--fast-prompts": options["fast_prompts"] or None}
     given |= {"--adapters": None if options["adapters"] == "merged" else options["adapters"]}
     if wrong := [flag for flag, value in given.items() if value is not None]:
         raise SettingsError(f"{', '.join(wrong)}: settings of the base bundle, which --onto leaves as it is")

@@ -47,37 +47,54 @@ class DecoderBuilder:
     max_positions: int
     accuracy_levels: Mapping[str, int] = field(default_factory=dict)
     branches: Branches | None = None
+    kind: type[LinearLayers] = LinearLayers
 
     def __post_init__(self) -> None:
         if self.spec.head_dim % 8:
             raise ModelError(f"heads of {self.spec.head_dim} channels: ONNX Runtime's attention takes multiples of 8")
         self.g = GraphBuilder("decoder")
-        self.layers = LinearLayers(self.g, self.weights, self.accuracy_levels, branches=self.branches)
+        self.layers = self.kind(self.g, self.weights, self.accuracy_levels, branches=self.branches)
         self.ropes: dict[Rope, tuple[ir.Value, ir.Value]] = {}
         self.places: ir.Value | None = None
 
     def build(self) -> DecoderGraph:
         spec, g = self.spec, self.g
-        ids = g.input("input_ids", ir.DataType.INT64, ("batch_size", "sequence_length"))
-        mask = g.input("attention_mask", ir.DataType.INT64, ("batch_size", "total_sequence_length"))
-        past = [self._past(layer) for layer in range(spec.num_layers)]
+        ids, past, lengths = self._inputs()
         keep = g.input(SELECTOR, ir.DataType.INT64, (), default=np.array(1, np.int64))
-        lengths = Lengths.of(g, ids, mask)
         rows = selected_rows(g, keep, lengths)
-
-        x, delta = self._embed(ids, lengths), None
-        present = []
+        x, delta, present = self._embed(ids, lengths), None, []
         for layer in range(spec.num_layers):
             last = layer == spec.num_layers - 1
             x, delta, cache = self._block(layer, x, delta, past[layer], lengths, rows if last else None)
             present.append(cache)
         hidden, _ = self._norm_of_sum(x, delta, spec.weight("final_norm"))
         g.output(self._logits(hidden), "logits", ir.DataType.FLOAT, ("batch_size", 1, spec.vocab_size))
-        for layer, (key, value) in enumerate(present):
-            shape = ("batch_size", spec.num_kv_heads, "total_sequence_length", spec.head_dim)
-            g.output(key, f"present.{layer}.key", ir.DataType.FLOAT, shape)
-            g.output(value, f"present.{layer}.value", ir.DataType.FLOAT, shape)
+        self._outputs(present)
         return DecoderGraph(g.model(), self.layers.nodes)
+
+    def build_without_logits(self) -> ir.Model:
+        """Return the graph that only fills the cache: the last layer ends with its keys and values."""
+        ids, past, lengths = self._inputs()
+        x, delta, present = self._embed(ids, lengths), None, []
+        for layer in range(self.spec.num_layers - 1):
+            x, delta, cache = self._block(layer, x, delta, past[layer], lengths, None)
+            present.append(cache)
+        h, _ = self._norm_of_sum(x, delta, self._path("attn_in", len(present)))
+        _, key, value = self._attention(len(present), h, past[-1], lengths)
+        self._outputs([*present, (key, value)])
+        return self.g.model()
+
+    def _inputs(self) -> tuple[ir.Value, list[tuple[ir.Value, ir.Value]], Lengths]:
+        ids = self.g.input("input_ids", ir.DataType.INT64, ("batch_size", "sequence_length"))
+        mask = self.g.input("attention_mask", ir.DataType.INT64, ("batch_size", "total_sequence_length"))
+        past = [self._past(layer) for layer in range(self.spec.num_layers)]
+        return ids, past, Lengths.of(self.g, ids, mask)
+
+    def _outputs(self, present: list[tuple[ir.Value, ir.Value]]) -> None:
+        shape = ("batch_size", self.spec.num_kv_heads, "total_sequence_length", self.spec.head_dim)
+        for layer, (key, value) in enumerate(present):
+            self.g.output(key, f"present.{layer}.key", ir.DataType.FLOAT, shape)
+            self.g.output(value, f"present.{layer}.value", ir.DataType.FLOAT, shape)
 
     def _past(self, layer: int) -> tuple[ir.Value, ir.Value]:
         shape = ("batch_size", self.spec.num_kv_heads, "past_sequence_length", self.spec.head_dim)

@@ -15,6 +15,7 @@ from edgelora.export.files import BundleFacts, graph_names, special_tokens, writ
 from edgelora.export.graph import save
 from edgelora.export.int8 import offer_int8
 from edgelora.export.mobile import write_mobile
+from edgelora.export.prefill import add_prefill, refuse_prefill
 from edgelora.export.prefix import ANY_BEGINNING, Beginning, add_prefix
 from edgelora.export.results import add_results
 from edgelora.export.trim.passages import Source
@@ -48,6 +49,7 @@ def export(
     adapters: str = "merged",
     trim_vocabulary: str | None = None,
     beginning: Beginning = ANY_BEGINNING,
+    fast_prompts: bool = False,
     vendor: Path | None = None,
     overwrite: bool = False,
     force: bool = False,
@@ -60,14 +62,15 @@ def export(
     keeps too little of the adapter's gain, is refused with the figures (ModelError), unless `force` is given. `max_length` is
     the most tokens of prompt and answer together. `adapters`: "merged" into the weights; "static", a run's beside them, in the
     graph; "swap", a base bundle that `add_adapter` (export/onto.py) gives adapters to. `trim_vocabulary`: keep the tokens of a
-    run's rows ("") or of this file's and of a run's (export/trim/). `beginning`: of prompts, whose cache ships. `vendor`: for
-    `device` "web", see export/web.py. wishes: how `merge` rounds (rounding_plan.Wish: calibrate, columns, size, loss).
-
-    Returns the figures of `--json`; `table` has a run's held-out rows scored again.
+    run's rows ("") or of this file's and of a run's (export/trim/). `beginning`: of prompts, whose cache ships.
+    `fast_prompts`: a graph for them alone (export/prefill.py). `vendor`: for `device` "web", see export/web.py. wishes: how
+    `merge` rounds (rounding_plan.Wish: calibrate, columns, size, loss). Returns the figures of `--json`; `table` has a run's
+    held-out rows scored again.
     """
     refuse_existing(out, overwrite=overwrite, inputs=(target, model, wishes.get("calibrate"), trim_vocabulary or None))
     refuse_vendor(vendor, device)
     beginning.refuse(adapters)
+    refuse_prefill(fast_prompts, adapters, device)
     temporary = out.with_name(f".{out.name}.merged")
     with new_folder(out, overwrite=overwrite) as staging, console.progress("exporting", total=4) as bar:
         try:
@@ -88,15 +91,21 @@ def export(
                 add_results(work, force=force)
                 offer_int8(work, precision)
                 add_prefix(work, beginning)
+                add_prefill(work, fast_prompts, force=force)
             bar.update(1)
-            if device == "web":
-                write_page(staging, vendor)
-            if device == "mobile":
-                work.manifest["mobile"] = write_mobile(work)
+            write_for(work, vendor)
             write_manifest(staging, "bundle", **work.manifest)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return figures(work, out)
+
+
+def write_for(work: Work, vendor: Path | None) -> None:
+    """Write what the device asks for beside the graph."""
+    if work.device == "web":
+        write_page(work.staging, vendor)
+    if work.device == "mobile":
+        work.manifest["mobile"] = write_mobile(work)
 
 
 def ready_folder(
@@ -196,7 +205,7 @@ def write_bundle(work: Work, max_length: int | None) -> None:
         "tokens": {"eos": list(eos), "bos": bos, "pad": pad},
         "layers": checkpoint.layers,
         "nodes": work.nodes,
-        "exceptions": exceptions(work.nodes),
+        "exceptions": work.exceptions,
         **{key: checkpoint.manifest[key] for key in ("vocabulary",) if key in checkpoint.manifest},
         **card(work),
         **beside(work),
@@ -239,12 +248,6 @@ def write_graph(work: Work, positions: int, names: tuple[str, ...]) -> tuple[str
     return tuple(str(value.name) for value in built.model.graph.inputs)
 
 
-def exceptions(nodes: dict[str, dict[str, Any]]) -> dict[str, int]:
-    """Return the accuracy level of each MatMulNBits node that is not at level 4: the fast kernels' exceptions."""
-    packed = {name: facts for name, facts in nodes.items() if "unpacked" not in facts}
-    return {name: facts["accuracy_level"] for name, facts in packed.items() if facts["accuracy_level"] != 4}
-
-
 def reach(config: dict[str, Any], spec: DecoderSpec | None) -> int:
     """Return the longest sequence that a bundle takes."""
     if spec is None:
@@ -281,15 +284,11 @@ def figures(work: Work, out: Path) -> dict[str, Any]:
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     return {
         "output": str(out),
-        "task": manifest["task"],
-        "precision": manifest["precision"],
-        "device": manifest["device"],
-        "model_file": manifest["model_file"],
+        **{name: manifest[name] for name in ("task", "precision", "device", "model_file")},
         "size_mb": round(size / 2**20, 1),
         "nodes": len(work.nodes),
         "exceptions": manifest["exceptions"],
-        "vocabulary": manifest.get("vocabulary"),
-        "mobile": manifest.get("mobile"),
+        **{name: manifest.get(name) for name in ("vocabulary", "mobile", "prefill")},
         "prefix": {name: value for name, value in manifest.get("prefix", {}).items() if name != "token_ids"} or None,
         "verify": manifest["verify"],
         "seconds": work.seconds,

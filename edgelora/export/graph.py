@@ -91,7 +91,7 @@ class GraphBuilder:
         """Return the finished model; optional outputs without a reader lose their name, so that kernels skip them."""
         outputs = set(self.graph.outputs)
         for node in self.graph:
-            for value in node.outputs:
+            for value in node.outputs[1:]:  # the first one is never optional
                 if not value.uses() and value not in outputs:
                     value.name = ""
         return ir.Model(self.graph, ir_version=IR_VERSION, producer_name="edgelora", metadata_props=metadata)

@@ -32,22 +32,28 @@ def add_results(work: Work, *, force: bool) -> None:
     if not (run / MANIFEST).is_file():
         console.say(f"{run} is gone, and its held-out rows with it: the bundle is not scored")
         return
-    manifest = read_manifest(run, "run")
-    held = held_out.held_out(run, manifest)
+    held = held_out_of(work)
     if held is None:
         return
     predictor = OnnxPredictor(load(work.staging))
-    if "vocabulary" in work.manifest:  # other ids, and logits of fewer tokens than the fp32 adapter's
-        held, reference = encoded_anew(held, work.processor), None
-    else:
-        reference = reference_of(work, run, held.task)
+    # of another vocabulary: logits of fewer tokens than the fp32 adapter's
+    reference = None if "vocabulary" in work.manifest else reference_of(work, run, held.task)
     generate = any(held.task.written_metric in row for row in results)
     metrics = held.score_bundle(predictor, reference, generate=generate)
     results = with_kept([*results, line("onnx", metrics, precision=work.precision)])
     work.manifest["results"] = results
     merged = work.checkpoint.manifest
-    advice = what_keeps_more(work.precision, manifest.get("grid") or {}, calibrated=rounded_with_rows(merged))
+    grid = read_manifest(run, "run").get("grid") or {}
+    advice = what_keeps_more(work.precision, grid, calibrated=rounded_with_rows(merged))
     refuse_lost_gain(results, "onnx", advice, force=force)
+
+
+def held_out_of(work: Work) -> HeldOut | None:
+    """Return the held-out rows of the run in the tokens that ship; None where there is no run, or it has none."""
+    if work.run is None or not (work.run / MANIFEST).is_file():
+        return None
+    held = held_out.held_out(work.run, read_manifest(work.run, "run"))
+    return encoded_anew(held, work.processor) if held is not None and "vocabulary" in work.manifest else held
 
 
 def encoded_anew(held: HeldOut, processor: Any) -> HeldOut:

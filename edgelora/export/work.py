@@ -43,6 +43,12 @@ class Work:
         encoder = self.manifest.get("encoder_file")
         return [self.model_path, *([self.staging / str(encoder)] if encoder else [])]
 
+    @property
+    def exceptions(self) -> dict[str, int]:
+        """The accuracy level of each MatMulNBits that is not at level 4: the fast kernels' exceptions."""
+        packed = {name: facts for name, facts in self.nodes.items() if "unpacked" not in facts}
+        return {name: facts["accuracy_level"] for name, facts in packed.items() if facts["accuracy_level"] != 4}
+
     @cached_property
     def network(self) -> Any:
         """The torch model of the merged folder (Decoder or Network), its weights mapped from there, with `adapter` on it."""

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from edgelora.errors import FolderError, UserError
 from edgelora.run.packed import open_packed
+from edgelora.run.prefill import LEAST, PromptGraph
 from edgelora.run.session import open_session
 
 if TYPE_CHECKING:
@@ -42,9 +43,13 @@ class DecoderSession:
         threads: int | None = None,
         initializers: Mapping[str, ort.OrtValue] | None = None,
         packed: bool = False,
+        prompts: PromptGraph | None = None,
     ) -> None:
-        """Open a decoder; `packed` keeps its weights in the user's cache as this machine's kernels read them."""
-        self.max_length = max_length
+        """Open a decoder; `packed` keeps its weights in the user's cache as this machine's kernels read them.
+
+        `prompts` is the graph that long prompts go through.
+        """
+        self.max_length, self.prompts = max_length, prompts
         self.length = 0  # valid positions in the cache
         self.initializers = dict(initializers or {})  # the session reads from their memory
         if packed and not self.initializers:  # what is put into a graph from outside is packed for this session alone
@@ -94,11 +99,20 @@ class DecoderSession:
         """
         assert len(ids), "nothing to run"
         self.reserve(self.length + len(ids))
+        if self.prompts is not None and len(ids) > LEAST:
+            self._fill(self.prompts, ids[:-1])  # the last token's logits are wanted
+            ids = ids[-1:]
         step = CHUNK if self.selects else min(CHUNK, max(1, SCORED_FLOATS // self.vocab_size))
         rows = self._logits
         for start in range(0, len(ids), step):
             rows = self._run(ids[start : start + step], 1)
         return last(rows)
+
+    def _fill(self, prompts: PromptGraph, ids: Sequence[int]) -> None:
+        for start in range(0, len(ids), CHUNK):
+            part = ids[start : start + CHUNK]
+            prompts.fill(part, self.cache, self.length)
+            self.length += len(part)
 
     def step(self, token: int) -> NDArray[np.float32]:
         """Append one token and return the logits `[vocabulary]` after it."""

@@ -16,6 +16,7 @@ from edgelora.run.adapters import Adapter, initializers, read_factors
 from edgelora.run.decoder import DecoderSession
 from edgelora.run.drafts import Drafts
 from edgelora.run.kept import LEAST_KEPT, Kept
+from edgelora.run.prefill import shipped as prompt_graph
 from edgelora.run.prefix import LEAST, shipped
 from edgelora.run.sampling import Sampler
 from edgelora.tokenizer import Tokenizer
@@ -66,6 +67,7 @@ class Generator:
             threads=self.threads,
             initializers=initializers(self.bundle, adapter),
             packed=not self.bundle.manifest.get("adapters"),  # whose A and B are inputs with defaults
+            prompts=prompt_graph(self.bundle, self.threads),
         )
 
     def start(self, prompt: Prompt, config: GenerateConfig, *, tools: Sequence[Any] | None = None) -> Answer:

@@ -109,14 +109,13 @@ def write_entry(entry: Path, model: Path, threads: int | None) -> None:
 
 
 def probe(session: ort.InferenceSession) -> NDArray[np.float32]:
-    """Return a decoder's logits after a few tokens."""
+    """Return what a decoder makes of a few tokens: all outputs, one after the other."""
     count = 4
     feeds: dict[str, NDArray[Any]] = {"input_ids": np.arange(count)[None], "attention_mask": np.ones((1, count), np.int64)}
     for value in session.get_inputs():
         if value.name.startswith("past_key"):
             feeds[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
-    logits: NDArray[np.float32] = session.run(["logits"], feeds)[0]
-    return logits
+    return np.concatenate([output.ravel() for output in session.run(None, feeds)])
 
 
 # Scales that stay inside the .onnx file would be left out of the packed weights: all but the tiniest go beside it.

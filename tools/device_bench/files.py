@@ -17,12 +17,12 @@ BUILDER = "onnxruntime_genai.models.builder"
 GGUF = Path(__file__).with_name("gguf_file.py")
 
 
-def bundle(name: str, work: Path) -> Path:
-    """Return our int4 bundle of a model as it is exported by default."""
+def bundle(name: str, work: Path, *flags: str) -> Path:
+    """Return our int4 bundle of a model as it is exported by default, or with flags."""
     source = models.PACKAGE if name == models.SMOLLM2 else str(models.folder_of(name, work))
     return made(
-        work / "device" / f"{name}-edgelora",
-        lambda part: python("-m", "edgelora", "export", source, "-o", str(part), "--quiet"),
+        work / "device" / f"{name}-edgelora{''.join(flags)}",
+        lambda part: python("-m", "edgelora", "export", source, "-o", str(part), "--quiet", *flags),
     )
 
 

@@ -42,9 +42,10 @@ class Side:
 
 
 def sides(model: str, work: Path, bundles: Sequence[Path]) -> list[Side]:
-    """Return the contestants of a model; `bundles` of the user's take the place of the one that is exported by default."""
+    """Return the contestants of a model; `bundles` of the user's take the place of those that are exported here."""
     found = [Side(OURS if len(bundles) < 2 else f"{OURS} {path.name}", "edgelora", None, path) for path in bundles]
-    found = found or [Side(OURS, "edgelora", None, files.bundle(model, work))]
+    ways = ((), ("--fast-prompts",))
+    found = found or [Side(" ".join((OURS, *flags)), "edgelora", None, files.bundle(model, work, *flags)) for flags in ways]
     packaged = files.q4_1(model, work)
     if packaged is not None:
         found.append(Side("llama.cpp Q4_1", "llama", "llama", packaged))
