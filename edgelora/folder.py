@@ -27,6 +27,13 @@ MAKERS = {
     "bundle": "edgelora export RUN_OR_MODEL -o BUNDLE",
 }
 
+# What readers take for granted: the kind of each part that a manifest has, and the parts that every trained run has.
+PARTS: dict[str, type] = {
+    "complete": bool, "files": dict, "task": str, "labels": list, "model": dict, "settings": dict, "plan": dict, "grid": dict,
+    "results": list, "layers": dict,
+}  # fmt: skip
+RUN = {"task": (), "labels": (), "model": ("reference", "fingerprint"), "settings": (), "plan": ("base_bits",), "grid": ()}
+
 
 @contextmanager
 def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
@@ -145,9 +152,22 @@ def read_manifest(folder: Path, *kinds: str) -> dict[str, Any]:
             f"this one reads up to {FORMAT_VERSION}",
             hint="pip install --upgrade edgelora",
         )
+    if wrong := wrong_parts(manifest):
+        raise FolderError(f"{folder / MANIFEST} is damaged: {', '.join(wrong)}", hint="make it again with --overwrite")
     if kind not in kinds:
         raise FolderError(f"{folder} is a {kind} folder; a {wanted} folder is wanted", hint=MAKERS.get(kinds[0]))
     return dict(manifest)
+
+
+def wrong_parts(manifest: dict[str, Any]) -> list[str]:
+    """Return the parts of a manifest that no reader could use, by name."""
+    wrong = [name for name, kind in PARTS.items() if name in manifest and not isinstance(manifest[name], kind)]
+    if manifest["kind"] == "run" and "complete" not in manifest:
+        wrong.append("complete")
+    if wrong or manifest["kind"] != "run" or not manifest["complete"]:
+        return wrong
+    missing = [name for name in RUN if name not in manifest]
+    return missing or [f"{name}.{key}" for name, keys in RUN.items() for key in keys if key not in manifest[name]]
 
 
 def check_files(folder: Path, manifest: dict[str, Any], known: Container[Path] = ()) -> None:

@@ -16,7 +16,7 @@ from edgelora.errors import FolderError, MachineError
 def make(path: Path, *, overwrite: bool = False, text: str = "content") -> None:
     with folder.new_folder(path, overwrite=overwrite) as staging:
         (staging / "file.txt").write_text(text)
-        folder.write_manifest(staging, "run", task="t")
+        folder.write_manifest(staging, "merged", task="t")
 
 
 def test_a_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -128,6 +128,9 @@ def test_manifests_are_read_back(tmp_path: Path) -> None:
         ("not json", "is damaged"),
         ("[]", "is damaged"),
         ('{"kind": "run", "format": null}', "is damaged"),
+        ('{"kind": "run", "format": 1, "complete": true, "labels": 3}', r"is damaged: labels"),
+        ('{"kind": "run", "format": 1, "complete": true, "labels": []}', r"is damaged: task, model, settings, plan, grid"),
+        ('{"kind": "run", "format": 1}', r"is damaged: complete"),
         ('{"kind": "store", "format": 1}', "is a store folder; a run folder is wanted"),
         ('{"kind": "run", "format": 99, "tool_version": "9.0"}', r"has format 99, written by EdgeLoRA 9\.0; this one reads up"),
     ],
