@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,18 @@ def restore_old(path: Path) -> None:
             old.rename(path)
 
 
-def refuse_existing(path: Path, *, overwrite: bool) -> None:
+def refuse_existing(path: Path, *, overwrite: bool, inputs: Iterable[str | Path | None] = ()) -> None:
+    """Raise FolderError where `path` must not be written: it is there already, is not ours, or holds one of the `inputs`."""
+    if overwrite and path.is_dir():
+        for read in inputs:
+            if (
+                read is not None
+                and (found := Path(read).expanduser()).exists()
+                and found.resolve().is_relative_to(path.resolve())
+            ):
+                raise FolderError(
+                    f"{path} holds {read}, which is read: it is not overwritten", hint="choose another folder with -o"
+                )
     foreign = path.is_file() or (path.is_dir() and not is_ours(path) and any(path.iterdir()))
     if overwrite and foreign:
         raise FolderError(f"{path} was not written by EdgeLoRA and is not overwritten", hint="choose another folder with -o")
@@ -161,6 +172,15 @@ def inside(folder: Path, name: str) -> Path:
     if not path.resolve().is_relative_to(folder.resolve()):
         raise FolderError(f'"{name}" points outside of {folder}')
     return path
+
+
+def inside_or_cached(folder: Path, name: str) -> Path:
+    """Return the same; a link of huggingface_hub's cache, snapshots/COMMIT/name → blobs/HASH, may lead out of the folder."""
+    path = folder / name
+    snapshot = next((p for p in (folder.resolve(), *folder.resolve().parents) if p.parent.name == "snapshots"), None)
+    if snapshot is not None and ".." not in Path(name).parts and path.resolve().parent == snapshot.parent.parent / "blobs":
+        return path
+    return inside(folder, name)
 
 
 def sha256(path: Path) -> str:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import tiny
 
 from edgelora import folder
 from edgelora.errors import FolderError, MachineError
@@ -64,6 +65,28 @@ def test_what_is_not_ours_is_never_overwritten(tmp_path: Path, foreign: str) -> 
         make(target, overwrite=True)
     assert target.exists()
     assert not (target / "edgelora.json").exists()
+
+
+def test_what_is_read_is_never_overwritten(tmp_path: Path) -> None:
+    from edgelora.config import FinetuneConfig
+    from edgelora.export.export import export
+    from edgelora.merging.merge import merge
+    from edgelora.train.finetune import finetune
+
+    model, run = tiny.save_decoder(tmp_path / "model"), tmp_path / "run"
+    make(run)
+    rows = run / "rows.jsonl"
+    rows.write_text('{"text": "a"}\n{"text": "b"}\n')
+    for attempt in (
+        lambda: merge(run, run, overwrite=True),
+        lambda: merge(None, run, adapter=run, model=str(model), overwrite=True),
+        lambda: merge(None, run, model=str(model), calibrate=str(rows), overwrite=True),
+        lambda: export(str(run), tmp_path / "model" / ".." / "run", overwrite=True),
+        lambda: finetune(str(model), str(rows), run, FinetuneConfig(), overwrite=True),
+    ):
+        with pytest.raises(FolderError, match="which is read: it is not overwritten"):
+            attempt()
+    assert rows.is_file()
 
 
 def test_one_writer_at_a_time(tmp_path: Path) -> None:

@@ -47,6 +47,27 @@ def test_shards_read_like_one_file(folder: Path, tmp_path: Path) -> None:
     assert one.fingerprint != many.fingerprint
 
 
+def test_shards_in_the_cache_of_the_hub(folder: Path, tmp_path: Path) -> None:
+    """huggingface_hub keeps snapshots/COMMIT/NAME as links to blobs/HASH."""
+    from transformers import AutoModelForCausalLM
+
+    shards, blobs = tmp_path / "shards", tmp_path / "models--acme--tiny" / "blobs"
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).save_pretrained(shards, max_shard_size="20KB")
+    tiny.save_tokenizer(shards)
+    shutil.copytree(shards, blobs)
+    snapshot = blobs.parent / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(Path("..", "..", "blobs", path.name))
+    one, linked = open_model(str(shards)), open_model(str(snapshot))
+    assert linked.fingerprint == one.fingerprint
+    assert all(torch.equal(linked.read(name), one.read(name)) for name in one.names())
+    shard = sorted(snapshot.glob("*-of-*.safetensors"))[0]
+    shard.unlink()
+    shard.symlink_to(shards / shard.name)
+    assert "points outside of" in refusal(snapshot).message
+
+
 def test_the_fingerprint_follows_the_content(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "copy")
     assert open_model(str(tmp_path / "copy")).fingerprint == open_model(str(folder)).fingerprint

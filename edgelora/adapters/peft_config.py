@@ -16,7 +16,7 @@ from typing import Any
 
 from edgelora.adapters.initialize import from_pattern
 from edgelora.errors import FolderError
-from edgelora.folder import inside
+from edgelora.folder import inside_or_cached
 
 CONFIG = "adapter_config.json"
 # Keys that decide nothing once the tensors are there: which layers they sit on and how they began is seen in the tensors.
@@ -79,16 +79,6 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise FolderError("\n  ".join([f"{folder / CONFIG} is damaged:", *problems]))
     refuse_lost_start(folder, config)
     return dict(config)
-
-
-def inside_or_cached(folder: Path, name: str) -> Path:
-    """Return `folder / name`; raises FolderError if it is a link out of the folder, but for the hub cache's own:
-    snapshots/COMMIT/name → blobs/HASH."""
-    path = folder / name
-    blobs = folder.resolve().parent.parent / "blobs"
-    if folder.resolve().parent.name == "snapshots" and path.resolve().is_relative_to(blobs):
-        return path
-    return inside(folder, name)
 
 
 def named_adapters(folder: Path) -> str | None:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgelora.adapters.peft_config import CONFIG, inside_or_cached, settings_of, tokens_of
+from edgelora.adapters.peft_config import CONFIG, settings_of, tokens_of
 from edgelora.errors import FolderError
+from edgelora.folder import inside_or_cached
 
 
 def read_tensors(folder: Path, file_name: str) -> dict[str, Tensor]:

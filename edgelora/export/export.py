@@ -67,7 +67,7 @@ def export(
     `merge` rounds (rounding_plan.Wish: calibrate, columns, size, loss). Returns the figures of `--json`; `table` has a run's
     held-out rows scored again.
     """
-    refuse_existing(out, overwrite=overwrite)
+    refuse_existing(out, overwrite=overwrite, inputs=(target, model, wishes.get("calibrate"), trim_vocabulary or None))
     refuse_vendor(vendor, device)
     beginning.refuse(adapters)
     refuse_prefill(fast_prompts, adapters, device)

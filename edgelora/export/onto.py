@@ -80,7 +80,7 @@ def add_adapter(
     candidate = open_candidate(run, name, model, opened)
     known = opened.manifest.get("adapters") or {}
     if out is not None:
-        refuse_existing(out, overwrite=overwrite)
+        refuse_existing(out, overwrite=overwrite, inputs=(run,))
     elif candidate.name in known and not overwrite:
         raise SettingsError(
             f'{bundle} has an adapter "{candidate.name}" already', hint="add --overwrite, or another name with --name"

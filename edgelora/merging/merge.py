@@ -74,7 +74,8 @@ def merge(
         raise SettingsError(f'precision "{precision}" is not known; {allowed}')
     if block_size not in BLOCK_SIZES:
         raise SettingsError(f"block size {block_size} is not allowed; allowed: {', '.join(map(str, BLOCK_SIZES))}")
-    refuse_existing(out, overwrite=overwrite)
+    adapters = (adapter,) if isinstance(adapter, Path) else adapter.folders if adapter is not None else ()
+    refuse_existing(out, overwrite=overwrite, inputs=(run, model, wishes.get("calibrate"), *adapters))
     with torch.no_grad():
         inputs = gather(run, adapter, model)
         precision = shippable(precision, inputs)

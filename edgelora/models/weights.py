@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from edgelora.errors import FolderError, ModelError
-from edgelora.folder import inside
+from edgelora.folder import inside_or_cached
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -72,7 +72,7 @@ def folder_entries(folder: Path) -> dict[str, Entry]:
         return file_entries(folder / "model.safetensors")
     try:
         wanted = {str(name): str(file) for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()}
-        files = [inside(folder, file) for file in sorted(set(wanted.values()))]
+        files = [inside_or_cached(folder, file) for file in sorted(set(wanted.values()))]
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ModelError(f"{index} is damaged", hint="download the model again") from None
     except FolderError as error:

@@ -58,8 +58,9 @@ def finetune(
     memory.settle()
     stages = Stages()
     source = open_model(model, trust_remote_code=config.trust_remote_code)
+    folder.restore_old(out)
     if not resume:
-        folder.refuse_existing(out, overwrite=overwrite)
+        folder.refuse_existing(out, overwrite=overwrite, inputs=(model, data, config.valid))
     out.parent.mkdir(parents=True, exist_ok=True)
     with folder.lock(out), folder.disk_errors(out):
         if resume and ended(out):
