@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -104,16 +104,16 @@ def compared(ways: Sequence[Way], rounds: Sequence[Sequence[Mapping[str, float]]
     return rows
 
 
-def in_child(bundle: Path, threads: int, adapter: str | None = None) -> dict[str, float]:
-    """Measure once in a fresh process. Raises MachineError when it dies."""
+def in_child(bundle: Path, threads: int, adapter: str | None = None, *, module: str = "edgelora.bench") -> dict[str, Any]:
+    """Measure once in a fresh process, that of a module. Raises MachineError when it dies."""
     package = str(Path(edgelora.__file__).parents[1])
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-P", "-m", "edgelora.bench", str(bundle.resolve()), str(threads), *filter(None, [adapter])]
+    command = [sys.executable, "-P", "-m", module, str(bundle.resolve()), str(threads), *filter(None, [adapter])]
     child = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, check=False)
     if child.returncode:
         killed = f"exit code {child.returncode}" + (", not enough memory" if child.returncode == -9 else "")
         raise MachineError(f"measuring {bundle} failed: {child.stderr.strip() or killed}")
-    figures: dict[str, float] = json.loads(child.stdout)
+    figures: dict[str, Any] = json.loads(child.stdout)
     return figures
 
 
@@ -124,11 +124,14 @@ def measure(bundle: Path, threads: int, adapter: str | None = None) -> dict[str,
 
     model = load(bundle, threads=threads, adapter=adapter)
     figures = {"load_s": time.perf_counter() - started}
-    time_it = time_decoder if model.task == "text-generation" else time_writer if model.writes else time_classifier
-    figures |= time_it(model)
+    figures |= timer_of(model)(model)
     from edgelora.hardware import peak_rss_mb
 
     return figures | {"peak_rss_mb": peak_rss_mb()}
+
+
+def timer_of(model: Any) -> Callable[[Any], dict[str, float]]:
+    return time_decoder if model.task == "text-generation" else time_writer if model.writes else time_classifier
 
 
 def time_decoder(model: Any) -> dict[str, float]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from edgelora import bench as bench_module
+from edgelora import operators
 from edgelora.bench import bench, in_child
 from edgelora.errors import FolderError, MachineError
 from edgelora.export.onto import add_adapter
@@ -78,3 +80,40 @@ def test_adapters_and_other_bundles_beside_the_base(
     ways = bench(tmp_path / "base", others=[decoder_bundle])["ways"]
     assert [row["decode_percent"] for row in ways] == [100.0, 75.0, 80.0]
     assert [row["decode_tokens_per_s"] for row in ways] == [100.0, 50.0, 80.0]
+
+
+@pytest.fixture
+def events() -> list[dict[str, Any]]:
+    """Two runs of a prompt and two of a token, of one product, one attention, and 5 µs of neither."""
+    found: list[dict[str, Any]] = [{"cat": "Session", "name": "session_initialization", "ts": 0, "dur": 9}]
+    for number, (tokens, product) in enumerate([(8, 90), (1, 40), (8, 20), (1, 10)]):
+        at = 100 * (number + 1)
+        inputs = [{"float": [1, tokens, 48]}]
+        for place, (name, operator, us) in enumerate(
+            [("m.3.q+k/x", "MatMulNBits", product), ("m.3/a", "GroupQueryAttention", 5)]
+        ):
+            args = {"op_name": operator, "input_type_shape": inputs}
+            found.append({"cat": "Node", "name": f"{name}_kernel_time", "ts": at + place, "dur": us, "args": args})
+        found.append({"cat": "Session", "name": "model_run", "ts": at - 1, "dur": product + 10})
+    return found
+
+
+def test_operators_of_the_second_half_of_each_kind_of_run(events: list[dict[str, Any]]) -> None:
+    rows = operators.table(operators.runs(events))
+    assert {row["run"] for row in rows} == {"8 tokens", "one token"}
+    prompt = {row["operator"]: (row["nodes"], row["ms"], row["percent"]) for row in rows if row["run"] == "8 tokens"}
+    assert prompt == {
+        "MatMulNBits q+k": (1, 0.02, 66.7), "GroupQueryAttention": (1, 0.005, 16.7), "between the nodes": (0, 0.005, 16.7),
+        "all of it": (2, 0.03, 100.0),
+    }  # fmt: skip
+
+
+def test_operators_of_a_bundle(decoder_bundle: Path, classifier_bundle: Path) -> None:
+    rows = operators.operators(decoder_bundle, threads=1)
+    assert {row["run"] for row in rows} == {"256 tokens", "one token"}
+    attention = [row for row in rows if row["operator"] == "GroupQueryAttention"]
+    assert [row["nodes"] for row in attention] == [2, 2]
+    for run in ("256 tokens", "one token"):
+        own = [row for row in rows if row["run"] == run]
+        assert sum(row["percent"] for row in own[:-1]) == pytest.approx(100, abs=1)
+    assert {row["run"] for row in operators.operators(classifier_bundle, threads=1)} == {"one input"}

@@ -59,6 +59,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "report",
         "held_out",
         "bench",
+        "operators",
         "inspect",
     ),
     ("cli",),

@@ -15,7 +15,8 @@ from edgelora.cli.verb import FOLDER, verb
 @click.argument("bundle", type=FOLDER)
 @click.argument("others", type=FOLDER, nargs=-1)
 @click.option("--threads", type=click.IntRange(1), help="CPU threads. Default: the physical cores.")
-def bench(bundle: Path, **options: Any) -> dict[str, Any]:
+@click.option("--operators", is_flag=True, help="Where the time goes, by operator, in a run of its own.")
+def bench(bundle: Path, operators: bool, **options: Any) -> dict[str, Any]:
     """Measure load time, memory and speed of a bundle.
 
     Decoders read a prompt of 256 tokens and write 128 after it. The bundle's adapters, and OTHERS, are measured in turn with
@@ -26,7 +27,13 @@ def bench(bundle: Path, **options: Any) -> dict[str, Any]:
 
     with console.progress("measuring"):
         result = measure(bundle, **options)
+        if operators:
+            from edgelora.operators import operators as by_operator
+
+            result["operators"] = by_operator(bundle, threads=result["threads"])
     console.table(f"{bundle}, {result['precision']}, {result['threads']} threads", result["table"])
     if "ways" in result:
         console.table("Ways to ship what was learned", shown_ways(result["ways"]))
+    if operators:
+        console.table("Where the time goes", result["operators"])
     return result

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,20 @@ from edgelora.errors import FolderError, MachineError
 
 if TYPE_CHECKING:
     import onnxruntime as ort
+
+
+_profiles: Path | None = None
+
+
+@contextmanager
+def profiling(folder: Path) -> Iterator[None]:
+    """Let sessions that are opened meanwhile write what ONNX Runtime's profiler sees into `folder`, when they end."""
+    global _profiles
+    _profiles = folder
+    try:
+        yield
+    finally:
+        _profiles = None
 
 
 def open_session(
@@ -71,6 +86,9 @@ def session_options(threads: int | None = None) -> ort.SessionOptions:
     options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.enable_mem_pattern = False
+    if _profiles is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(_profiles / "session")
     options.log_severity_level = 3  # errors; they come as exceptions too
     options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
     options.add_session_config_entry("session.set_denormal_as_zero", "1")

@@ -1,0 +1,131 @@
+"""`edgelora bench --operators`: where a bundle's time goes, by operator, as ONNX Runtime's profiler sees it in a process apart.
+
+Its file has an event for each node that ran ("Node", …_kernel_time) and for each run ("Session", model_run), with `ts` and
+`dur` in µs. What a run takes beside its nodes is ONNX Runtime's own. The profiler itself costs about 1 µs for each node.
+Source: https://onnxruntime.ai/docs/performance/tune-performance/profiling-tools.html
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from edgelora import bench
+from edgelora.errors import EdgeLoRAError
+
+ELSEWHERE = "between the nodes"
+SHOWN = 12  # operators of each kind of run; the smaller ones are summed up
+Event = Mapping[str, Any]
+
+
+class Run(NamedTuple):
+    """One run of a session and its nodes."""
+
+    what: str  # the kind of run: "one token", "256 tokens", or "one input"
+    us: float
+    nodes: list[Event]
+
+
+def operators(bundle: str | Path, *, threads: int) -> list[dict[str, Any]]:
+    """Return rows: run (its kind), operator, nodes (a run has), ms (a run), percent (of the run). Raises MachineError."""
+    found = bench.in_child(Path(bundle), threads, module="edgelora.operators")
+    rows: list[dict[str, Any]] = found["rows"]
+    return rows
+
+
+def measure(bundle: Path, threads: int) -> list[dict[str, Any]]:
+    """The child: load with the profiler on, run as `bench` does, and read what it wrote."""
+    from edgelora.run.model import load
+    from edgelora.run.session import profiling
+
+    with tempfile.TemporaryDirectory() as folder:
+        with profiling(Path(folder)):
+            model = load(bundle, threads=threads)
+            bench.timer_of(model)(model)
+            del model  # sessions write their files when they end
+            gc.collect()
+        files = sorted(Path(folder).iterdir())
+        return [row for file in files for row in table(runs(json.loads(file.read_text(encoding="utf-8"))))]
+
+
+def runs(events: Iterable[Event]) -> Iterator[Run]:
+    """Give the runs of one session, in order. A run's nodes are those that began while it lasted."""
+    events = sorted((event for event in events if "dur" in event), key=lambda event: event["ts"])
+    nodes = iter([event for event in events if event.get("cat") == "Node" and event["name"].endswith("_kernel_time")])
+    node = next(nodes, None)
+    for run in (event for event in events if event["name"] == "model_run"):
+        inside: list[Event] = []
+        while node is not None and node["ts"] <= run["ts"] + run["dur"]:
+            inside.append(node)
+            node = next(nodes, None)
+        yield Run(kind(inside), run["dur"], inside)
+
+
+def kind(nodes: Iterable[Event]) -> str:
+    """Return what a run was given, by the input of its first attention with a cache; other models take an input at a time."""
+    for node in nodes:
+        if node["args"]["op_name"] == "GroupQueryAttention":
+            shape = next(iter(node["args"]["input_type_shape"][0].values()))
+            return "one token" if shape[1] == 1 else f"{shape[1]} tokens"
+    return "one input"
+
+
+def table(found: Iterable[Run]) -> list[dict[str, Any]]:
+    """Return rows for each kind of run, of its second half: the first one touches fresh memory."""
+    kinds: dict[str, list[Run]] = defaultdict(list)
+    for run in found:
+        kinds[run.what].append(run)
+    return [row for name, all_runs in kinds.items() for row in rows_of(name, all_runs[len(all_runs) // 2 :])]
+
+
+def rows_of(name: str, found: list[Run]) -> list[dict[str, Any]]:
+    times: dict[str, float] = defaultdict(float)
+    counts: dict[str, int] = defaultdict(int)
+    for node in (node for run in found for node in run.nodes):
+        times[label(node)] += node["dur"]
+        counts[label(node)] += 1
+    ordered = sorted(times, key=lambda key: -times[key])
+    whole = sum(run.us for run in found)
+    groups = [[key] for key in ordered[:SHOWN]] + ([ordered[SHOWN:]] if ordered[SHOWN:] else [])
+    lines = [
+        (group[0] if index < SHOWN else "others", sum(counts[key] for key in group), sum(times[key] for key in group))
+        for index, group in enumerate(groups)
+    ]
+    lines += [(ELSEWHERE, 0, whole - sum(times.values())), ("all of it", sum(counts.values()), whole)]
+    return [
+        {
+            "run": name,
+            "operator": operator,
+            "nodes": round(count / len(found)),
+            "ms": round(us / 1000 / len(found), 3),
+            "percent": round(100 * us / whole, 1),
+        }
+        for operator, count, us in lines
+    ]
+
+
+def label(node: Event) -> str:
+    """Return the operator and, of a product, the layer without its number: "MatMulNBits gate_proj+up_proj"."""
+    operator = str(node["args"]["op_name"])
+    layer = str(node["name"]).partition("/")[0].rpartition(".")[2]
+    return f"{operator} {layer}" if "MatMul" in operator and "/" in str(node["name"]) else operator
+
+
+def main(bundle: str, threads: str) -> int:
+    """The child's end: rows as JSON on stdout, or a message on stderr."""
+    try:
+        print(json.dumps({"rows": measure(Path(bundle), int(threads))}))
+    except EdgeLoRAError as error:
+        print(error.message, file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:3]))
