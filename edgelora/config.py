@@ -15,7 +15,6 @@ from edgelora.errors import SettingsError, did_you_mean
 
 Config = TypeVar("Config", "FinetuneConfig", "GenerateConfig", "ServeConfig")
 
-
 PRECISIONS = ("int4", "int8", "int3", "int2", "fp32")  # of what ships, the usual one first
 
 
@@ -37,8 +36,7 @@ class Range:
 
 
 AT_LEAST_0, AT_LEAST_1, ABOVE_0, SHARE = Range(0), Range(1), Range(0, above=True), Range(0, 1)
-SEEDS, MILLION = Range(0, 2**32 - 1), Range(0, 1e6, above=True)
-MOST_THREADS = 1024  # torch and ONNX Runtime start as many as they are told, and crash when there is no room for more
+SEEDS, MILLION, THREADS = Range(0, 2**32 - 1), Range(0, 1e6, above=True), Range(1, 1024)  # many more threads crash torch
 
 
 def setting(default: Any, text: str, *, flag: bool = False, choices: tuple[Any, ...] = (), allowed: Range | None = None) -> Any:
@@ -85,7 +83,7 @@ class FinetuneConfig:
         None, "Bits of the frozen weights in memory. Default: the most that fits.", flag=True, choices=(32, 16, 8, 4)
     )
     seed: int = setting(0, "Seed of everything random.", flag=True, allowed=SEEDS)
-    threads: int | None = setting(None, "CPU threads. Default: the physical cores.", flag=True, allowed=Range(1, MOST_THREADS))
+    threads: int | None = setting(None, "CPU threads. Default: the physical cores.", flag=True, allowed=THREADS)
     valid: str | None = setting(
         None, "Validation rows: a file, or a share such as 0.1. Default: 0.1, at most 500 rows.", flag=True
     )
