@@ -40,7 +40,7 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling of `path` that becomes `path` when the block ends well and is removed when it does not."""
     restore_old(path)
     refuse_existing(path, overwrite=overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_parents(path)
     with lock(path), disk_errors(path):
         staging = path.with_name(f".{path.name}.partial")
         shutil.rmtree(staging, ignore_errors=True)
@@ -50,6 +50,16 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             swap_in(staging, path)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def make_parents(path: Path) -> None:
+    """Make the folder around `path`. Raises FolderError where that cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise FolderError(f"{path.parent} cannot be made: {error.strerror}", hint="choose another folder with -o") from None
 
 
 def swap_in(staging: Path, path: Path) -> None:

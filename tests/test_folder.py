@@ -108,6 +108,14 @@ def test_a_full_or_closed_disk(tmp_path: Path, code: int, kind: type[Exception],
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FolderError, match="file cannot be made: File exists"):
+        make(tmp_path / "file" / "out")
+    with pytest.raises(FolderError, match="cannot be made: Not a directory"):
+        make(tmp_path / "file" / "deep" / "out")
+
+
 def test_manifests_are_read_back(tmp_path: Path) -> None:
     make(tmp_path / "out")
     manifest = folder.read_manifest(tmp_path / "out", "run", "merged")

@@ -61,7 +61,7 @@ def finetune(
     folder.restore_old(out)
     if not resume:
         folder.refuse_existing(out, overwrite=overwrite, inputs=(model, data, config.valid))
-    out.parent.mkdir(parents=True, exist_ok=True)
+    folder.make_parents(out)
     with folder.lock(out), folder.disk_errors(out):
         if resume and ended(out):
             return complete(out)
