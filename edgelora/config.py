@@ -15,7 +15,6 @@ from edgelora.errors import SettingsError, did_you_mean
 
 Config = TypeVar("Config", "FinetuneConfig", "GenerateConfig", "ServeConfig")
 
-
 PRECISIONS = ("int4", "int8", "int3", "int2", "fp32")  # of what ships, the usual one first
 
 
@@ -28,15 +27,16 @@ class Range:
     above: bool = False
 
     def __contains__(self, value: float) -> bool:
-        return math.isfinite(value) and (self.low < value if self.above else self.low <= value) and value <= self.high
+        return (self.low < value if self.above else self.low <= value) and value <= self.high and value != math.inf
 
     def __str__(self) -> str:
         if math.isfinite(self.high):
-            return f"{'above ' if self.above else ''}{self.low:g} to {self.high:g}"
+            return f"{'above ' if self.above else ''}{self.low:g} to {self.high:.10g}"
         return f"{'above' if self.above else 'at least'} {self.low:g}"
 
 
 AT_LEAST_0, AT_LEAST_1, ABOVE_0, SHARE = Range(0), Range(1), Range(0, above=True), Range(0, 1)
+SEEDS, MILLION, THREADS = Range(0, 2**32 - 1), Range(0, 1e6, above=True), Range(1, 1024)  # many more threads crash torch
 
 
 def setting(default: Any, text: str, *, flag: bool = False, choices: tuple[Any, ...] = (), allowed: Range | None = None) -> Any:
@@ -61,7 +61,7 @@ class FinetuneConfig:
     )
     rank: int = setting(8, "Rank of the adapters.", flag=True, allowed=AT_LEAST_1)
     alpha: float | None = setting(
-        None, "LoRA alpha: the update is scaled by alpha / rank. Default: 2 × rank.", flag=True, allowed=ABOVE_0
+        None, "LoRA alpha: the update is scaled by alpha / rank. Default: 2 × rank.", flag=True, allowed=MILLION
     )
     target_modules: str | None = setting(
         None, "all-linear, none (the head alone), or names separated by commas: q_proj,v_proj. Default: the task's.", flag=True
@@ -69,7 +69,7 @@ class FinetuneConfig:
     last_layers: int | None = setting(
         None, "Adapters in the last N layers only; what the others compute is kept on disk.", flag=True, allowed=AT_LEAST_1
     )
-    learning_rate: float | None = setting(None, "Peak learning rate. Default: the task's.", flag=True, allowed=ABOVE_0)
+    learning_rate: float | None = setting(None, "Peak learning rate. Default: the task's.", flag=True, allowed=MILLION)
     batch_size: int | None = setting(None, "Rows of one optimizer step. Default: the task's.", flag=True, allowed=AT_LEAST_1)
     epochs: float = setting(3.0, "Passes over the training rows.", flag=True, allowed=ABOVE_0)
     max_steps: int | None = setting(
@@ -82,8 +82,8 @@ class FinetuneConfig:
     base_bits: int | None = setting(
         None, "Bits of the frozen weights in memory. Default: the most that fits.", flag=True, choices=(32, 16, 8, 4)
     )
-    seed: int = setting(0, "Seed of everything random.", flag=True, allowed=AT_LEAST_0)
-    threads: int | None = setting(None, "CPU threads. Default: the physical cores.", flag=True, allowed=AT_LEAST_1)
+    seed: int = setting(0, "Seed of everything random.", flag=True, allowed=SEEDS)
+    threads: int | None = setting(None, "CPU threads. Default: the physical cores.", flag=True, allowed=THREADS)
     valid: str | None = setting(
         None, "Validation rows: a file, or a share such as 0.1. Default: 0.1, at most 500 rows.", flag=True
     )
@@ -110,7 +110,7 @@ class FinetuneConfig:
         None, "Ranks of layers that have their own, by the end of the layer's name.", allowed=AT_LEAST_1
     )
     alpha_pattern: dict[str, float] | None = setting(  # noqa: RUF009
-        None, "Alphas of layers that have their own, by the end of the layer's name.", allowed=ABOVE_0
+        None, "Alphas of layers that have their own, by the end of the layer's name.", allowed=MILLION
     )
     optimizer_bits: int | None = setting(None, "Bits of AdamW's moments. Default: the most that fits.", choices=(32, 8))
     grid_start: str | None = setting(
@@ -157,7 +157,7 @@ class GenerateConfig:
     min_p: float = setting(0.0, "Sample among tokens at least this likely, against the likeliest.", flag=True, allowed=SHARE)
     repetition_penalty: float = setting(1.0, "Above 1, tokens that occurred become less likely.", flag=True, allowed=ABOVE_0)
     stop: tuple[str, ...] | None = setting(None, "End the answer before this text; may be given more than once.", flag=True)
-    seed: int = setting(0, "Seed of the sampling.", flag=True, allowed=AT_LEAST_0)
+    seed: int = setting(0, "Seed of the sampling.", flag=True, allowed=SEEDS)
     speculate: bool = setting(
         False, "Draft tokens from what the text says already and check several at once: faster where answers copy.", flag=True
     )
@@ -279,7 +279,7 @@ def _names(kinds: tuple[type, ...]) -> str:
 
 def parse_bytes(text: str) -> int:
     """Return the bytes of "570MB", "1.5GB" or "800000"; MB are 2^20 bytes."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)I?B?\s*", text.upper())
+    match = re.fullmatch(r"\s*(\d{1,15}(?:\.\d+)?)\s*([KMGT]?)I?B?\s*", text.upper())
     if match is None:
         raise SettingsError(f'"{text}" is not an amount of memory; allowed: 570MB, 1.5GB')
     return int(float(match[1]) * (1 << {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}[match[2]]))

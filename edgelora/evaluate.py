@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from edgelora import console
 from edgelora.data.check import Problems, check_columns, map_columns, peek_columns
 from edgelora.data.files import find_files
+from edgelora.data.prepare import read_texts
 from edgelora.data.read import iterate_file, with_paths
 from edgelora.errors import DataError, FolderError, MachineError, SettingsError, did_you_mean
 from edgelora.folder import MANIFEST, read_manifest
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from edgelora.tasks.base import Example, Predictor, Row, Task
 
 KINDS = ("bundle", "run", "merged")
-MODEL_LENGTH = 1024  # tokens of a row, where neither run nor bundle says
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def describe(target: str | Path) -> tuple[str, dict[str, Any]]:
 
 def peek(data: str | None, columns: Mapping[str, str] | None) -> list[str]:
     assert data is not None
-    files = find_files(data)
+    files = find_files(data, trains=False)
     return peek_columns(files[best_split(files)][0], columns or {})
 
 
@@ -145,6 +144,8 @@ def load_torch(
     from edgelora.models.load import load_model
     from edgelora.models.predictor import TorchPredictor
     from edgelora.models.source import open_model
+    from edgelora.planning.plan import DEFAULT_LENGTH
+    from edgelora.tokenizer import length_limit
     from edgelora.train.on_grid import ship
 
     torch.set_num_threads(threads or physical_cores())
@@ -166,7 +167,7 @@ def load_torch(
             put_on_grid(model, manifest["grid"])
             ship(model, folder, manifest["grid"])
     collate = functools.partial(task.collate, processor=task.open_processor(folder))
-    max_length = (manifest.get("settings") or {}).get("max_length") or model_length(source.config)
+    max_length = min((manifest.get("settings") or {}).get("max_length") or DEFAULT_LENGTH, length_limit(source.config))
     return Target(kind, task, labels, folder, max_length, TorchPredictor(model, collate))
 
 
@@ -202,12 +203,6 @@ def config_labels(config: dict[str, Any]) -> list[str]:
     return [str(names[key]) for key in sorted(names, key=int)]
 
 
-def model_length(config: dict[str, Any]) -> int:
-    """Return the most tokens of a row: what the model reads, and not more than MODEL_LENGTH."""
-    keys = ("max_position_embeddings", "n_positions")
-    return min([MODEL_LENGTH, *(int(config[key]) for key in keys if config.get(key))])
-
-
 @dataclass(frozen=True)
 class Taken:
     rows: list[Row]
@@ -226,7 +221,7 @@ class Rows:
 
     def read(self, limit: int | None) -> tuple[str, Taken]:
         """Return the split and its first `limit` rows from the files of DATA."""
-        files = find_files(self.data)
+        files = find_files(self.data, trains=False)
         split = best_split(files)
         check_columns(self.target.task, self.columns, peek_columns(files[split][0], self.columns), self.data)
         problems = Problems()
@@ -243,12 +238,8 @@ class Rows:
     def encode(self, path: Path, limit: int | None) -> Taken:
         """Return the first `limit` rows of a file of rows that are normalized already."""
 
-        def rows() -> Iterator[tuple[Path, int, Row]]:
-            with path.open(encoding="utf-8") as file:
-                for line, text in enumerate(file, 1):
-                    yield path, line, json.loads(text)
-
-        return self._take(rows(), Problems(), limit)
+        rows = ((path, line, row) for line, row in enumerate(read_texts(path), 1))
+        return self._take(rows, Problems(), limit)
 
     def _take(self, rows: Iterator[tuple[Path, int, Row]], problems: Problems, limit: int | None) -> Taken:
         taken = Taken([], [])

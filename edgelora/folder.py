@@ -27,13 +27,20 @@ MAKERS = {
     "bundle": "edgelora export RUN_OR_MODEL -o BUNDLE",
 }
 
+# What readers take for granted: the kind of each part that a manifest has, and the parts that every trained run has.
+PARTS: dict[str, type] = {
+    "complete": bool, "files": dict, "task": str, "labels": list, "model": dict, "settings": dict, "plan": dict, "grid": dict,
+    "results": list, "layers": dict,
+}  # fmt: skip
+RUN = {"task": (), "labels": (), "model": ("reference", "fingerprint"), "settings": (), "plan": ("base_bits",), "grid": ()}
+
 
 @contextmanager
 def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling of `path` that becomes `path` when the block ends well and is removed when it does not."""
     restore_old(path)
     refuse_existing(path, overwrite=overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_parents(path)
     with lock(path), disk_errors(path):
         staging = path.with_name(f".{path.name}.partial")
         shutil.rmtree(staging, ignore_errors=True)
@@ -43,6 +50,16 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             swap_in(staging, path)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def make_parents(path: Path) -> None:
+    """Make the folder around `path`. Raises FolderError where that cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise FolderError(f"{path.parent} cannot be made: {error.strerror}", hint="choose another folder with -o") from None
 
 
 def swap_in(staging: Path, path: Path) -> None:
@@ -145,9 +162,22 @@ def read_manifest(folder: Path, *kinds: str) -> dict[str, Any]:
             f"this one reads up to {FORMAT_VERSION}",
             hint="pip install --upgrade edgelora",
         )
+    if wrong := wrong_parts(manifest):
+        raise FolderError(f"{folder / MANIFEST} is damaged: {', '.join(wrong)}", hint="make it again with --overwrite")
     if kind not in kinds:
         raise FolderError(f"{folder} is a {kind} folder; a {wanted} folder is wanted", hint=MAKERS.get(kinds[0]))
     return dict(manifest)
+
+
+def wrong_parts(manifest: dict[str, Any]) -> list[str]:
+    """Return the parts of a manifest that no reader could use, by name."""
+    wrong = [name for name, kind in PARTS.items() if name in manifest and not isinstance(manifest[name], kind)]
+    if manifest["kind"] == "run" and "complete" not in manifest:
+        wrong.append("complete")
+    if wrong or manifest["kind"] != "run" or not manifest["complete"]:
+        return wrong
+    missing = [name for name in RUN if name not in manifest]
+    return missing or [f"{name}.{key}" for name, keys in RUN.items() for key in keys if key not in manifest[name]]
 
 
 def check_files(folder: Path, manifest: dict[str, Any], known: Container[Path] = ()) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgelora import console, memory
 from edgelora.adapters import inject
-from edgelora.data.prepare import Prepared
+from edgelora.data.prepare import Prepared, sample
 from edgelora.folder import read_manifest
 from edgelora.models.agreement import Reference, Watched, WatchedBundle
 from edgelora.models.predictor import TorchPredictor
@@ -74,8 +74,6 @@ class Scored:
 
 def held_out(run: Path, manifest: Mapping[str, Any]) -> HeldOut | None:
     """Return the rows that closed a run; None where it has kept none."""
-    from edgelora.train.finetune import sample
-
     if not (run / "data").is_dir():
         return None
     prepared = Prepared.open(run / "data")

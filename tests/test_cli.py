@@ -92,6 +92,11 @@ def test_every_verb_has_json_quiet_and_a_help_for_each_option(verb: click.Comman
             "invalid value for '--base-bits': '5' is not one of '32', '16', '8', '4'",
             "edgelora plan --help",
         ),
+        (
+            ["merge", "run", "-o", "x", "--combine", "ties", "--density", "nan"],
+            "--combine and --density: there are no adapters to combine",
+            "--adapter A --adapter B --weights 0.7,0.3",
+        ),
         (["merge", "-o", "x"], "nothing to merge: neither a RUN nor --adapter", "edgelora merge RUN -o MERGED"),
         (
             ["run", "b", "--input", "a.jsonl"],
@@ -102,6 +107,18 @@ def test_every_verb_has_json_quiet_and_a_help_for_each_option(verb: click.Comman
 )
 def test_wrong_use(edgelora: Edgelora, arguments: list[str], message: str, hint: str) -> None:
     assert edgelora(*arguments) == (2, "", f"error: {message}\nhint: {hint}\n")
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (("--loss", "nan"), "--loss is nan; a share such as 0.01 is wanted"),
+        (("--size", ""), '"" is not an amount of memory; allowed: 570MB, 1.5GB'),
+    ],
+)
+def test_targets_that_are_none(edgelora: Edgelora, option: tuple[str, str], message: str) -> None:
+    code, _, said = edgelora("merge", "--model", "no/folder/here", "-o", "x", *option)
+    assert (code, said.splitlines()[0]) == (2, f"error: {message}")
 
 
 def test_settings_are_refused_before_anything_is_loaded(edgelora: Edgelora) -> None:
@@ -178,6 +195,7 @@ def fails(error: BaseException) -> Callable[[], object]:
         (MemoryError(), 3, "error: out of memory\n"),
         (OSError(errno.ENOSPC, "No space left", "/x/weights"), 3, "error: the disk is full: writing /x/weights failed\n"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), 2, "error: /x: permission denied\n"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "/x"), 2, "error: /x: file name too long\n"),
         (
             ModuleNotFoundError("No module named 'torch'", name="torch"),
             3,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 
-from edgelora.config import FinetuneConfig, GenerateConfig, load_toml, parse_bytes, parse_columns, replace
+from edgelora.config import FinetuneConfig, GenerateConfig, Range, load_toml, parse_bytes, parse_columns, replace
 from edgelora.errors import SettingsError
 
 
@@ -68,7 +69,26 @@ def test_amounts_of_memory(text: str, count: int) -> None:
     assert parse_bytes(text) == count
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-1GB", "1XB", "1 2 GB", "nan", "1e3"])
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("seed", 1 << 32, "0 to 4294967295"),  # torch takes 64 bits and then overflows
+        ("threads", 1_000_000, "1 to 1024"),  # which would crash the process
+        ("rank", 0, "at least 1"),
+        ("alpha", 1e300, "above 0 to 1000000"),  # more than fp32 holds
+        ("learning_rate", 1e300, "above 0 to 1000000"),
+        ("epochs", math.inf, "above 0"),
+    ],
+)
+def test_numbers_out_of_their_range(name: str, value: float, allowed: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        replace(FinetuneConfig(), {name: value}, where="here")
+    assert caught.value.message == f'here: 1 problem\n  "{name}" is {value!r}; allowed: {allowed}'
+    assert 10**400 in Range(1)
+    assert math.nan not in Range(0)
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "1XB", "1 2 GB", "nan", "1e3", "9" * 400])
 def test_what_is_no_amount_of_memory(text: str) -> None:
     with pytest.raises(SettingsError, match=r"is not an amount of memory; allowed: 570MB, 1\.5GB"):
         parse_bytes(text)

@@ -118,6 +118,35 @@ def test_wrong_yolo_lines_and_coco_files(rows: Path) -> None:
         scan(str(path), task=None, columns=None, valid=None)
 
 
+def test_annotations_that_are_no_text(rows: Path) -> None:
+    write_yolo(rows)
+    (rows / "rows.jsonl").unlink()
+    (rows / "labels" / "0.txt").write_bytes(b"\xff\xfe")
+    assert "0.txt: 'utf-8' codec" in scan(str(rows), task=None, columns=None, valid=None).problems.lines()[0]
+    (rows / "classes.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match=r"classes\.txt is not UTF-8: invalid start byte at byte 0"):
+        scan(str(rows), task=None, columns=None, valid=None)
+    (rows / "annotations").mkdir()
+    (rows / "annotations" / "1.xml").write_text('<?xml version="1.0" encoding="nope"?><annotation/>')
+    with pytest.raises(DataError, match=r"1\.xml cannot be read as VOC: unknown encoding: nope"):
+        scan(str(rows), task=None, columns=None, valid=None)
+    path = rows.parent / "boxes.json"
+    for content, said in (
+        ('{"images": [{"id": 1}], "annotations": [], "categories": []}', "'file_name' is named nowhere"),
+        ('{"images": ' + "[" * 100_000, "recursion"),
+    ):
+        path.write_text(content)
+        with pytest.raises(DataError, match=f"boxes.json cannot be read as COCO: .*{said}"):
+            scan(str(path), task=None, columns=None, valid=None)
+
+
+def test_a_path_too_long_for_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"image": "a" * 5000, "label": "x"}) + "\n")
+    lines = scan(str(path), task=None, columns=None, valid=None).problems.lines()
+    assert lines[0].endswith(f"/{'a' * 5000} does not exist")
+
+
 def test_names_of_a_yaml_file(tmp_path: Path) -> None:
     path = tmp_path / "data.yaml"
     for text in ("names: ['a b', c]\n", "nc: 2\nnames:\n- a b\n- c\n", 'names:\n  0: "a b"\n  1: c\nnc: 2\n'):

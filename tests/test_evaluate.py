@@ -111,6 +111,28 @@ def test_what_cannot_be_is_refused(decoder_bundle: Path, tmp_path: Path) -> None
     assert caught.value.hint == f"edgelora finetune MODEL DATA -o {tmp_path / 'run'} --resume"
 
 
+def test_rows_that_no_model_reads(classifier_model: Path, tmp_path: Path) -> None:
+    """A run may have been given a longer limit than its model has; its own rows may have been spoiled since."""
+    from edgelora.config import FinetuneConfig
+    from edgelora.train.finetune import finetune
+
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"text": f"number {n}", "label": ("odd", "even")[n % 2]} for n in range(30)])
+    config = FinetuneConfig(max_steps=1, threads=1, base_bits=32, precision="fp32", max_length=4096)
+    finetune(str(classifier_model), data, tmp_path / "run", config)
+    long = write_jsonl(tmp_path / "long.jsonl", [{"text": "word " * 40, "label": "odd"}])
+    with pytest.raises(DataError, match="line 1: 200 tokens, over the limit of 66"):
+        evaluate(tmp_path / "run", long, threads=1)
+    assert evaluate(tmp_path / "run", long, truncate=True, threads=1)["rows"] == 1
+    (tmp_path / "tests").mkdir()
+    write_jsonl(tmp_path / "tests" / "test.jsonl", [{"text": "number 8", "label": "odd"}])
+    assert evaluate(tmp_path / "run", str(tmp_path / "tests"), threads=1)["split"] == "test"
+    for content, said in (('{"te', "is damaged"), ("[]\n", "is damaged: not every line is a row"), (None, "no rows to score")):
+        kept = tmp_path / "run" / "data" / "valid.jsonl"
+        kept.write_text(content) if content else kept.unlink()
+        with pytest.raises((FolderError, SettingsError), match=said):
+            evaluate(tmp_path / "run", threads=1)
+
+
 @pytest.mark.parametrize("kind", ["decoder", "classifier"])
 def test_a_run_its_merge_and_its_bundle_score_alike(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     from edgelora.config import FinetuneConfig

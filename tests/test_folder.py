@@ -16,7 +16,7 @@ from edgelora.errors import FolderError, MachineError
 def make(path: Path, *, overwrite: bool = False, text: str = "content") -> None:
     with folder.new_folder(path, overwrite=overwrite) as staging:
         (staging / "file.txt").write_text(text)
-        folder.write_manifest(staging, "run", task="t")
+        folder.write_manifest(staging, "merged", task="t")
 
 
 def test_a_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -108,6 +108,14 @@ def test_a_full_or_closed_disk(tmp_path: Path, code: int, kind: type[Exception],
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FolderError, match="file cannot be made: File exists"):
+        make(tmp_path / "file" / "out")
+    with pytest.raises(FolderError, match="cannot be made: Not a directory"):
+        make(tmp_path / "file" / "deep" / "out")
+
+
 def test_manifests_are_read_back(tmp_path: Path) -> None:
     make(tmp_path / "out")
     manifest = folder.read_manifest(tmp_path / "out", "run", "merged")
@@ -128,6 +136,9 @@ def test_manifests_are_read_back(tmp_path: Path) -> None:
         ("not json", "is damaged"),
         ("[]", "is damaged"),
         ('{"kind": "run", "format": null}', "is damaged"),
+        ('{"kind": "run", "format": 1, "complete": true, "labels": 3}', r"is damaged: labels"),
+        ('{"kind": "run", "format": 1, "complete": true, "labels": []}', r"is damaged: task, model, settings, plan, grid"),
+        ('{"kind": "run", "format": 1}', r"is damaged: complete"),
         ('{"kind": "store", "format": 1}', "is a store folder; a run folder is wanted"),
         ('{"kind": "run", "format": 99, "tool_version": "9.0"}', r"has format 99, written by EdgeLoRA 9\.0; this one reads up"),
     ],

@@ -29,7 +29,7 @@ def a_run(folder: Path, reference: str, labels: list[str], **changes: Any) -> Pa
     write_json(folder / "tokenizer.json", {"comes": "from the run"})
     source = open_model(reference)
     content = {
-        "task": "text-classification", "labels": labels, "settings": {"rank": 4},
+        "task": "text-classification", "labels": labels, "settings": {"rank": 4}, "plan": {"base_bits": 32}, "grid": {},
         "results": [{"model": "adapter", "accuracy": 1}],
         "model": {"reference": reference, "fingerprint": source.fingerprint, "license": source.license},
     }  # fmt: skip

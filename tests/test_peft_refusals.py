@@ -59,6 +59,10 @@ NOT_MERGED = "DIR/adapter_config.json asks for what cannot be merged here:\n  "
          'rank_pattern is {"(": 3}; a table from regular expressions to numbers is wanted\n  '
          'modules_to_save is "head"; a list of names is wanted\n  '
          "trainable_token_indices is [-1]; a list of token ids, or a table from layers to them, is wanted", None),
+        ({"r": None, "rank_pattern": {"q_proj": 0}, "auto_mapping": "x"},
+         "DIR/adapter_config.json is damaged:\n  r is null; a positive whole number is wanted\n  "
+         'rank_pattern is {"q_proj": 0}; a table to positive whole numbers is wanted\n  auto_mapping is "x"; a table is wanted',
+         None),
         ({"r": 3},
          "DIR/adapter_model.safetensors is not a whole LoRA adapter:\n  "
          "model.layers.0.self_attn.q_proj: A and B of rank 2; adapter_config.json says 3", None),

@@ -221,3 +221,35 @@ def test_what_is_kept_is_bounded() -> None:
     kept.add([3] * 10, cache(10))
     kept.add([4] * 30, cache(30))
     assert [kept.find([token] * 40)[0] for token in (1, 2, 3, 4)] == [10, 0, 10, 0]
+
+
+def test_a_run_ships_what_its_rows_begin_with(decoder_model: Path, tmp_path: Path) -> None:
+    from edgelora.config import FinetuneConfig
+    from edgelora.train.finetune import finetune
+
+    rows = [json.dumps({"prompt": INSTRUCTION + text, "completion": text[::-1]}) for text in ("light", "music", "door", "heat")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    settings = FinetuneConfig(threads=1, max_steps=1, valid_rows=1, batch_size=2)
+    finetune(str(decoder_model), str(tmp_path / "rows.jsonl"), tmp_path / "run", settings)
+    export(str(tmp_path / "run"), tmp_path / "bundle", precision="fp32", beginning=Beginning(""), force=True)
+    entry = read_manifest(tmp_path / "bundle", "bundle")["prefix"]
+    model, ran = opened(tmp_path / "bundle")
+    text = model.generator.tokenizer.decode(entry["token_ids"], skip_special_tokens=False)
+    assert text == f"<|user|>{INSTRUCTION}", "the template's beginning and the instruction, and nothing of a row's own"
+    answer = model.answer(INSTRUCTION + "kettle", max_new_tokens=8)
+    assert answer.reused == entry["tokens"]
+    assert ran == [len(answer.prompt) - entry["tokens"]]
+    assert answer.tokens == plain(tmp_path / "bundle").answer(INSTRUCTION + "kettle", max_new_tokens=8).tokens
+
+
+def test_libraries_that_look_for_weights_do_not_take_the_file_for_some(bundle: Path) -> None:
+    """optimum takes the only .onnx file below a folder; transformers asks for names, and must not find this one's."""
+    import transformers
+
+    assert [path.name for path in bundle.rglob("*.onnx")] == [Path(read_manifest(bundle, "bundle")["model_file"]).name]
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+        transformers.AutoModelForCausalLM.from_pretrained(bundle)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(bundle)
+    assert tokenizer.encode("abc", add_special_tokens=False) == edgelora.load(bundle).generator.tokenizer.encode(
+        "abc", add_special_tokens=False
+    )

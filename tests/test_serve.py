@@ -101,6 +101,24 @@ def test_settings_reach_the_answer(served: Served, model: edgelora.Model) -> Non
     assert finish == "length"
 
 
+def test_a_system_turn_is_computed_once(served: Served, model: edgelora.Model) -> None:
+    """A second request with the same one, after a request without it, computes its own part alone and answers the same."""
+    system = {"role": "system", "content": "You are the assistant of a home, and you answer in few words."}
+
+    def ask(text: str, *first: dict[str, str]) -> tuple[str, int, int]:
+        messages = [*first, {"role": "user", "content": text}]
+        found = served.post("/v1/chat/completions", {"messages": messages, "max_tokens": 8})
+        assert found["choices"][0]["message"]["content"] == model.generate(messages, max_new_tokens=8)
+        usage = found["usage"]
+        return text, usage["prompt_tokens"], usage["prompt_tokens_details"]["cached_tokens"]
+
+    ask("light on", system)
+    assert ask("something else entirely")[2] < 8
+    text, asked, reused = ask("music off", system)
+    assert len(system["content"]) < reused < asked
+    assert asked - reused <= len(text) + 3, "the text, and the template's turns around it"
+
+
 async def ask_raw(port: int, path: str, body: dict[str, Any]) -> tuple[int, bytes]:
     """Return status and body of a request on a connection of its own."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)

@@ -50,6 +50,7 @@ TASK_TYPES = {
     "QUESTION_ANS": "question-answering",
     "FEATURE_EXTRACTION": "sentence-similarity",
 }
+NUMBERS = ("r", "lora_alpha")  # null is none of them
 QUANTIZED = "quantization config was used during training"  # of the model card that PEFT writes beside the adapter
 
 
@@ -92,26 +93,37 @@ def wrong_values(config: dict[str, Any]) -> list[str]:
 
     def problem(key: str, fits: Callable[[Any], bool], wanted: str) -> list[str]:
         value = config.get(key)
-        return [] if value is None or fits(value) else [f"{key} is {json.dumps(value)}; {wanted} is wanted"]
+        absent = value is None and (key not in NUMBERS or key not in config)
+        return [] if absent or fits(value) else [f"{key} is {json.dumps(value)}; {wanted} is wanted"]
 
     names = "a list of names"
     return [
-        *problem("r", lambda value: is_number(value) and value >= 1 and value == int(value), "a positive whole number"),
+        *problem("r", is_rank, "a positive whole number"),
         *problem("lora_alpha", is_number, "a number"),
         *problem("lora_dropout", is_number, "a number"),
         *problem("rank_pattern", is_pattern, "a table from regular expressions to numbers"),
+        *problem("rank_pattern", has_ranks, "a table to positive whole numbers"),
         *problem("alpha_pattern", is_pattern, "a table from regular expressions to numbers"),
         *problem("modules_to_save", is_names, names),
         *problem("target_parameters", is_names, names),
         *problem("trainable_token_indices", is_tokens, "a list of token ids, or a table from layers to them,"),
         *problem("bias", lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
         *problem("base_model_name_or_path", lambda value: isinstance(value, str), "a name"),
+        *problem("auto_mapping", lambda value: isinstance(value, dict), "a table"),
         *problem("task_type", lambda value: isinstance(value, str), "a name"),
     ]
 
 
 def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_rank(value: Any) -> bool:
+    return is_number(value) and value >= 1 and value == int(value)
+
+
+def has_ranks(value: Any) -> bool:
+    return not is_pattern(value) or all(is_rank(number) for number in value.values())
 
 
 def is_names(value: Any) -> bool:

@@ -8,13 +8,13 @@ from typing import Any
 import click
 
 from edgelora import console
-from edgelora.cli.verb import FOLDER, verb
+from edgelora.cli.verb import FOLDER, threads_option, verb
 
 
 @verb("bench")
 @click.argument("bundle", type=FOLDER)
 @click.argument("others", type=FOLDER, nargs=-1)
-@click.option("--threads", type=click.IntRange(1), help="CPU threads. Default: the physical cores.")
+@threads_option
 @click.option("--operators", is_flag=True, help="Where the time goes, by operator, in a run of its own.")
 def bench(bundle: Path, operators: bool, **options: Any) -> dict[str, Any]:
     """Measure load time, memory and speed of a bundle.

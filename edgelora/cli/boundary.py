@@ -25,6 +25,7 @@ TRAIN_MODULES = frozenset(
     {"torch", "transformers", "optimum", "onnx", "onnx_ir", "onnxscript", "safetensors", "gguf", "huggingface_hub", "pyarrow"}
     | {"sklearn"}
 )
+WRONG_PATH = (errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP)
 SERVE_MODULES = frozenset({"starlette", "uvicorn", "anyio"})  # of edgelora[serve]
 
 
@@ -64,6 +65,8 @@ def as_message(error: BaseException) -> EdgeLoRAError:
         return MachineError(f"the disk is full: writing {error.filename or 'a file'} failed", hint="free some space")
     if isinstance(error, PermissionError) and error.filename:
         return FolderError(f"{error.filename}: permission denied", hint="choose a file or folder that you may read and write")
+    if isinstance(error, OSError) and error.filename and error.errno in WRONG_PATH:
+        return FolderError(f"{error.filename}: {str(error.strerror).lower()}", hint="choose another file or folder")
     defect = EdgeLoRAError(
         f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'} (unexpected: this is a defect of EdgeLoRA)",
         hint="rerun with EDGELORA_TRACEBACK=1 in the environment to see where it happened",

@@ -10,14 +10,14 @@ import click
 
 from edgelora import console
 from edgelora.cli.settings import build_config, setting_options
-from edgelora.cli.verb import FOLDER, verb
+from edgelora.cli.verb import FOLDER, threads_option, verb
 from edgelora.config import GenerateConfig
 
 
 @verb("chat")
 @click.argument("bundle", type=FOLDER)
 @click.option("--adapter", metavar="NAME", help="Adapter of the bundle, as `edgelora inspect BUNDLE` lists them.")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads. Default: the physical cores.")
+@threads_option
 @setting_options(GenerateConfig)
 def chat(bundle: Path, config_file: Path | None, adapter: str | None, threads: int | None, **given: Any) -> dict[str, Any]:
     """Talk with a bundle on the terminal.

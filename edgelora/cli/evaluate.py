@@ -8,7 +8,7 @@ import click
 
 from edgelora import console
 from edgelora.cli.settings import COLUMNS
-from edgelora.cli.verb import verb
+from edgelora.cli.verb import threads_option, verb
 
 
 @verb("evaluate")
@@ -25,7 +25,7 @@ from edgelora.cli.verb import verb
 @click.option("--adapter", metavar="NAME", help="Adapter of a BUNDLE, as `edgelora inspect BUNDLE` lists them.")
 @click.option("--float", "float_", is_flag=True, help="Score a RUN's adapter on the base in fp32.")
 @click.option("--truncate", is_flag=True, help="Cut rows over the length limit instead of refusing them.")
-@click.option("--threads", type=click.IntRange(1), metavar="INTEGER", help="CPU threads. Default: the physical cores.")
+@threads_option
 @click.option(
     "--trust-remote-code", is_flag=True, help="Open a MODEL that names Python code of its own; that code is not run so far."
 )

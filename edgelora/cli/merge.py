@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,9 @@ from edgelora.errors import SettingsError
 
 if TYPE_CHECKING:
     from edgelora.adapters.combine import Recipe
+
+
+DENSITY = 0.5
 
 
 def rounding_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -35,7 +39,10 @@ def parsed(options: dict[str, Any]) -> dict[str, Any]:
     size, columns = options.pop("size"), options.pop("columns")
     if size is not None and options["loss"] is not None:
         raise SettingsError("--size and --loss are both given; one of them decides", hint="leave one of them out")
-    return {**options, "size": parse_bytes(size) if size else None, "columns": parse_columns(columns) if columns else {}}
+    if options["loss"] is not None and not math.isfinite(options["loss"]):
+        raise SettingsError(f"--loss is {options['loss']}; a share such as 0.01 is wanted")
+    size = None if size is None else parse_bytes(size)
+    return {**options, "size": size, "columns": {} if columns is None else parse_columns(columns)}
 
 
 def show_rounding(result: Mapping[str, Any]) -> None:
@@ -65,7 +72,7 @@ def show_rounding(result: Mapping[str, Any]) -> None:
 @click.option(
     "--combine", "method", default="linear", show_default=True, metavar="RULE", help="linear, ties, dare_linear or dare_ties."
 )
-@click.option("--density", type=float, default=0.5, show_default=True, help="What TIES and DARE keep of each adapter.")
+@click.option("--density", type=float, default=DENSITY, show_default=True, help="What TIES and DARE keep of each adapter.")
 @click.option("--model", help="The base model, where RUN does not name it or has moved; alone, it is rounded as it is.")
 @click.option("--precision", type=click.Choice(PRECISIONS), default=None, help="Default: the run's, else int4.")
 @rounding_options
@@ -120,13 +127,15 @@ def shipping_precision(folder: Path | None) -> str:
 def recipe_of(adapters: tuple[Path, ...], weights: str | None, method: str, density: float) -> Recipe | None:
     """Return how the adapters are combined, or None where there is none. Raises SettingsError for wrong settings."""
     if not adapters:
-        if weights is not None:
-            raise SettingsError("--weights are those of adapters", hint="--adapter A --adapter B --weights 0.7,0.3")
+        given = {"--weights": weights is not None, "--combine": method != "linear", "--density": density != DENSITY}
+        if unused := [name for name, is_given in given.items() if is_given]:
+            hint = "--adapter A --adapter B --weights 0.7,0.3"
+            raise SettingsError(f"{' and '.join(unused)}: there are no adapters to combine", hint=hint)
         return None
     from edgelora.adapters.combine import Recipe
 
     try:
-        numbers = tuple(float(weight) for weight in weights.split(",")) if weights else ()
+        numbers = tuple(float(weight) for weight in weights.split(",")) if weights is not None else ()
     except ValueError:
         raise SettingsError(f'--weights "{weights}" are not numbers separated by commas', hint="--weights 0.7,0.3") from None
     recipe = Recipe(adapters, numbers, method, density)

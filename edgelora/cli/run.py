@@ -11,7 +11,7 @@ import click
 
 from edgelora import console
 from edgelora.cli.settings import COLUMNS, build_config, setting_options
-from edgelora.cli.verb import FILE, FOLDER, verb
+from edgelora.cli.verb import FILE, FOLDER, threads_option, verb
 from edgelora.config import GenerateConfig
 from edgelora.errors import SettingsError
 
@@ -31,7 +31,7 @@ FILES = "--input rows.jsonl --output answers.jsonl"
     help="Picture to write: INPUT with areas or boxes drawn on it. A folder for several.",
 )
 @click.option("--labels", metavar="TEXT,…", help="Texts to rank for a picture. Default: those of the training rows.")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads. Default: the physical cores.")
+@threads_option
 @click.option("--overwrite", is_flag=True, help="Replace the file of --output.")
 @setting_options(GenerateConfig)
 def run(

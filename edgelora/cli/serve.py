@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from edgelora.cli.settings import build_config, setting_options
-from edgelora.cli.verb import FOLDER, verb
+from edgelora.cli.verb import FOLDER, threads_option, verb
 from edgelora.config import ServeConfig
 
 KEY = "Key that requests must carry. Better in the environment: command lines are seen by all users."
@@ -18,7 +18,7 @@ KEY = "Key that requests must carry. Better in the environment: command lines ar
 @click.argument("bundle", type=FOLDER)
 @setting_options(ServeConfig)
 @click.option("--api-key", metavar="KEY", envvar="EDGELORA_API_KEY", show_envvar=True, help=KEY)
-@click.option("--threads", type=click.IntRange(1), help="CPU threads. Default: the physical cores.")
+@threads_option
 def serve(bundle: Path, config_file: Path | None, threads: int | None, **given: Any) -> dict[str, Any]:
     """Answer HTTP requests with a bundle, as OpenAI's API does.
 

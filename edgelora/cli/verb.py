@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from edgelora import console
+from edgelora.config import THREADS
 
 Body = Callable[..., Mapping[str, Any]]
 FOLDER = click.Path(path_type=Path, file_okay=False)
@@ -37,4 +38,7 @@ def verb(name: str, *, epilog: str | None = None) -> Callable[[Body], click.Comm
 
 
 output_option = click.option("-o", "--output", "out", type=FOLDER, required=True, help="Folder to write; must not exist.")
+threads_option = click.option(
+    "--threads", type=click.IntRange(1, int(THREADS.high)), help="CPU threads. Default: the physical cores."
+)
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace the output folder if EdgeLoRA wrote it.")

@@ -15,11 +15,14 @@ SPLITS = {"train": ("train", "training"), "valid": ("valid", "validation", "dev"
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 Files = dict[str, list[Path]]
-"""Split name → its files; "train" is always there."""
+"""Split name → its files."""
 
 
-def find_files(data: str) -> Files:
-    """Return the files of DATA by split. Raises DataError when there are none; a hub id is fetched (or found in the cache)."""
+def find_files(data: str, *, trains: bool = True) -> Files:
+    """Return the files of DATA by split; "train" is among them, unless nothing is to be trained and there are others.
+
+    Raises DataError when there are none; a hub id is fetched (or found in the cache).
+    """
     path = Path(data).expanduser()
     if path.is_file():
         if path.suffix.lower() not in READERS and not languages_of(path):
@@ -28,13 +31,13 @@ def find_files(data: str) -> Files:
             raise DataError(f"{data} cannot be read: no permission")
         return {"train": [path]}
     if path.is_dir():
-        return folder_files(path, data)
+        return folder_files(path, data, trains=trains)
     if HUB_ID.fullmatch(data) and path.suffix.lower() not in READERS:
-        return folder_files(fetch(data), data)
+        return folder_files(fetch(data), data, trains=trains)
     raise DataError(f"no such file or folder: {data}", hint="give a .jsonl, .csv or .parquet file, a folder or a hub id")
 
 
-def folder_files(folder: Path, name: str) -> Files:
+def folder_files(folder: Path, name: str, *, trains: bool = True) -> Files:
     """Return the files of a folder: train.jsonl, valid.csv, data/train-00000-of-00002.parquet, train/0.parquet …"""
     found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in READERS and not hidden(p.relative_to(folder)))
     if not found and (labelled := labelled_folders(folder)):
@@ -50,7 +53,7 @@ def folder_files(folder: Path, name: str) -> Files:
                 break
     if "train" not in files and not files and len(found) == 1:
         return {"train": found}
-    if "train" not in files:
+    if "train" not in files and (trains or not files):
         listed = ", ".join(p.relative_to(folder).as_posix() for p in found[:10]) or "no data file"
         raise DataError(
             f"{name} has no train file; found: {listed}", hint="name the files train.jsonl, valid.jsonl and test.jsonl"

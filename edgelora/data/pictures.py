@@ -93,15 +93,22 @@ def class_names(folder: Path) -> list[str]:
     """Return the classes that a folder (or the one around it) lists, one a line, or data.yaml under `names`."""
     for place in (folder, folder.parent):
         if path := next((place / name for name in NAMES if (place / name).is_file()), None):
-            return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+            return [line.strip() for line in text_of(path).splitlines() if line.strip()]
         if path := next((place / name for name in YOLO_YAML if (place / name).is_file()), None):
             return yaml_names(path)
     return []
 
 
+def text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path.name} is not UTF-8: {error.reason} at byte {error.start}", hint="save it as UTF-8") from None
+
+
 def yaml_names(path: Path) -> list[str]:
     """Return `names` of a YOLO data.yaml: a list, in one line or several, or numbers with names."""
-    text = path.read_text(encoding="utf-8-sig")
+    text = text_of(path)
     if found := re.search(r"^names:[ \t]*\[(.*?)\]", text, re.MULTILINE | re.DOTALL):
         return [name.strip().strip("'\"") for name in found[1].split(",") if name.strip()]
     block = re.search(r"^names:[ \t]*\n((?:[ \t]*(?:-|\d+:).*\n?)+)", text, re.MULTILINE)
@@ -121,7 +128,7 @@ def read_voc(folder: Path, files: list[Path], report: Report) -> Rows:
     for number, path in enumerate(files, 1):
         try:
             objects = voc_objects(path)
-        except (ElementTree.ParseError, ValueError) as error:
+        except (ElementTree.ParseError, ValueError, LookupError) as error:
             report(number, f"{path.name} cannot be read as VOC: {error}")
             continue
         picture = pictures.get(path.stem)
@@ -133,7 +140,7 @@ def read_voc(folder: Path, files: list[Path], report: Report) -> Rows:
 
 
 def voc_objects(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of one file. Raises ParseError or ValueError for what is no VOC."""
+    """Return the objects of one file. Raises ParseError, ValueError or LookupError (an unknown encoding) for what is no VOC."""
     text = path.read_bytes()
     if len(text) > MOST_XML or b"<!ENTITY" in text:
         raise ValueError("it is too large, or defines entities")
@@ -160,8 +167,8 @@ def read_yolo(folder: Path, labels: Path, report: Report) -> Rows:
         raise DataError(f"{folder} names no classes", hint="write them into classes.txt, one a line, or into data.yaml")
     for number, (stem, path) in enumerate(by_stem(images).items(), 1):
         file = labels / f"{stem}.txt"
-        lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
         try:
+            lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
             width, height = picture_size(path) if lines else (0, 0)
             objects = [yolo_object(line, names, width, height) for line in lines if line.strip()]
         except (ValueError, DataError) as error:
@@ -194,22 +201,22 @@ def read_coco(path: Path, report: Report) -> Rows:
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
         names = {entry["id"]: str(entry["name"]) for entry in content["categories"]}
-        objects: dict[Any, list[dict[str, Any]]] = {entry["id"]: [] for entry in content["images"]}
+        images = [(entry["id"], Path(str(entry["file_name"]))) for entry in content["images"]]
+        objects: dict[Any, list[dict[str, Any]]] = {key: [] for key, _ in images}
         for entry in content["annotations"]:
             left, top, width, height = (float(value) for value in entry["bbox"])
             if not entry.get("iscrowd"):
                 box = [left, top, left + width, top + height]
                 objects[entry["image_id"]].append({"label": names[entry["category_id"]], "box": box})
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(f"{path.name} cannot be read as COCO: {error}") from None
     except KeyError as error:
         raise DataError(f"{path.name} cannot be read as COCO: {error} is named nowhere") from None
     split = re.sub(r"^instances_|\.json$", "", path.name)
     places = [Path(name) for name in (".", "images", split, f"../{split}", f"../images/{split}", "../images")]
-    for number, entry in enumerate(content["images"], 1):
-        name = Path(str(entry["file_name"]))
+    for number, (key, name) in enumerate(images, 1):
         if name.is_absolute() or ".." in name.parts:
             report(number, f"{name} leaves the folder")
             continue
         place = next((place for place in places if (path.parent / place / name).is_file()), places[0])
-        yield number, {"image": (place / name).as_posix(), "objects": objects[entry["id"]]}
+        yield number, {"image": (place / name).as_posix(), "objects": objects[key]}

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+
 import edgelora
 from edgelora import console, errors
 from edgelora.config import FinetuneConfig
@@ -27,7 +29,7 @@ from edgelora.data.store import Store, StoreWriter
 from edgelora.errors import DataError, EdgeLoRAError, FolderError, Interrupted, MachineError
 from edgelora.folder import disk_errors, refuse_existing, write_json
 from edgelora.tasks import get_task
-from edgelora.tasks.base import Row
+from edgelora.tasks.base import Example, Row
 from edgelora.tokenizer import read_config
 
 PREPARED = "prepared.json"
@@ -65,8 +67,38 @@ class Prepared:
 
     def texts(self, split: str) -> list[Row]:
         """Return the normalized rows of "valid" or "test", in the order of the store."""
-        with (self.folder / f"{split}.jsonl").open(encoding="utf-8") as file:
-            return [json.loads(line) for line in file]
+        return read_texts(self.folder / f"{split}.jsonl")
+
+
+def read_texts(path: Path) -> list[Row]:
+    """Return the rows that `prepare` wrote as text. Raises FolderError where they are gone or damaged."""
+    try:
+        with path.open(encoding="utf-8") as file:
+            rows = [json.loads(line) for line in file]
+    except FileNotFoundError:
+        raise FolderError(f"{path} is missing") from None
+    except (ValueError, RecursionError) as error:
+        raise FolderError(f"{path} is damaged: {error}") from None
+    if not all(isinstance(row, dict) for row in rows):
+        raise FolderError(f"{path} is damaged: not every line is a row")
+    return rows
+
+
+def sample(store: Store, rows: list[Row], limit: int) -> tuple[list[Example], list[Row]]:
+    """Return at most `limit` (0: all) examples and their rows, chosen at random but always the same: files are often sorted.
+
+    Examples of a group (`Task.group`) come together, the last of them beyond the limit if need be.
+    """
+    chosen = list(range(len(store)))
+    if 0 < limit < len(store):
+        chosen = np.random.default_rng(0).permutation(len(store)).tolist()
+        if "group" in store[0].arrays:
+            groups = [int(store[i].arrays["group"]) for i in range(len(store))]
+            first = {group: place for place, group in reversed(list(enumerate(groups[i] for i in chosen)))}
+            chosen.sort(key=lambda i: first[groups[i]])
+            limit += next((more for more, i in enumerate(chosen[limit:]) if groups[i] != groups[chosen[limit - 1]]), len(store))
+        chosen = sorted(chosen[:limit])
+    return [store[i] for i in chosen], [rows[i] for i in chosen]
 
 
 def prepare(data: str, processor_folder: Path, out: Path, config: FinetuneConfig, *, max_length: int) -> Prepared:

@@ -12,7 +12,7 @@ import numpy as np
 
 from edgelora.data.check import Problems, check_columns, map_columns, peek_columns
 from edgelora.data.files import find_files
-from edgelora.data.prepare import PREPARED, Prepared
+from edgelora.data.prepare import PREPARED, Prepared, sample
 from edgelora.data.read import iterate_file, with_paths
 from edgelora.errors import DataError
 from edgelora.tasks import get_task
@@ -95,17 +95,11 @@ def from_run(run: Path, task: str, labels: list[str], settings: Mapping[str, Any
     prepared = Prepared.open(run / "data")
     train, valid, texts = prepared.store("train"), prepared.store("valid"), prepared.texts("valid")
     order = np.random.default_rng(0).permutation(len(train)).tolist()
-    limit = int(settings.get("valid_rows", HELD_OUT_ROWS)) or len(valid)
-    chosen = list(range(len(valid)))
-    if limit < len(valid):  # as train/finetune.py samples them, so that the figures are those of the same rows
-        chosen = sorted(np.random.default_rng(0).permutation(len(valid))[:limit].tolist())
+    held_out, rows = sample(valid, texts, int(settings.get("valid_rows", HELD_OUT_ROWS)))
     examples = enough(train[row] for row in order)
     chosen_task = get_task(task)
     processor = chosen_task.open_processor(run)
-    held_out = [valid[row] for row in chosen]
-    return Calibration(
-        chosen_task, processor, labels, examples, held_out, [texts[row] for row in chosen], f"training rows of {run.name}"
-    )
+    return Calibration(chosen_task, processor, labels, examples, held_out, rows, f"training rows of {run.name}")
 
 
 def from_data(

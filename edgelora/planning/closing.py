@@ -60,7 +60,7 @@ def short_answers(examples: Sequence[Example]) -> bool:
 
 def measured(prepared: Prepared, config: FinetuneConfig) -> Closing:
     """Return the rows that a run will be scored on, as finetune.py takes them."""
-    from edgelora.train.finetune import sample
+    from edgelora.data.prepare import sample
 
     store = prepared.store("valid")
     examples, _ = sample(store, [{}] * len(store), config.valid_rows)

@@ -41,7 +41,14 @@ def text_problems(row: Row, names: Iterable[str]) -> list[str]:
 def path_problems(row: Row, names: Iterable[str]) -> list[str]:
     """Return what is wrong with columns that must hold the path of a file."""
     names = list(names)
-    return text_problems(row, names) or [f"{row[name]} does not exist" for name in names if not Path(row[name]).is_file()]
+    return text_problems(row, names) or [f"{row[name]} does not exist" for name in names if not is_file(row[name])]
+
+
+def is_file(path: str) -> bool:
+    try:
+        return Path(path).is_file()
+    except OSError:  # too long for a name
+        return False
 
 
 def json_row(text: str, columns: Iterable[str]) -> Row | None:

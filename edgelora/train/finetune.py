@@ -16,14 +16,14 @@ from edgelora.adapters import inject, peft_format
 from edgelora.adapters.initialize import refuse_combinations
 from edgelora.adapters.scales import RATE, scaled_layers
 from edgelora.config import FinetuneConfig
-from edgelora.data.prepare import Prepared, prepare
-from edgelora.data.store import Store
+from edgelora.data.prepare import Prepared, prepare, sample
 from edgelora.errors import DataError, FolderError, Interrupted
 from edgelora.held_out import Closing, HeldOut
 from edgelora.models import gemm
 from edgelora.models.predictor import TorchPredictor
 from edgelora.models.source import ModelSource, open_model
 from edgelora.planning.closing import short_answers
+from edgelora.planning.plan import DEFAULT_LENGTH
 from edgelora.planning.planner import make_planner
 from edgelora.quant.digest import digest
 from edgelora.tasks import get_task
@@ -41,7 +41,7 @@ from edgelora.train.start import start_on_grid
 if TYPE_CHECKING:
     from edgelora.models.decoder import Decoder
     from edgelora.models.network import Network
-    from edgelora.tasks.base import Example, Metrics, Row, Task
+    from edgelora.tasks.base import Metrics, Task
 
     Model = Decoder | Network
 
@@ -61,7 +61,7 @@ def finetune(
     folder.restore_old(out)
     if not resume:
         folder.refuse_existing(out, overwrite=overwrite, inputs=(model, data, config.valid))
-    out.parent.mkdir(parents=True, exist_ok=True)
+    folder.make_parents(out)
     with folder.lock(out), folder.disk_errors(out):
         if resume and ended(out):
             return complete(out)
@@ -88,7 +88,7 @@ def start(out: Path, source: ModelSource, data: str, config: FinetuneConfig, sta
     staging.mkdir()
     try:
         with stages.time("prepare"):
-            longest = min(config.max_length or 1024, length_limit(source.config))
+            longest = min(config.max_length or DEFAULT_LENGTH, length_limit(source.config))
             prepared = prepare(data, source.folder, staging / DATA, config, max_length=longest)
         if not prepared.rows.get("valid"):
             raise DataError(f"{data} leaves no row to validate on", hint="give validation rows with --valid FILE")
@@ -277,20 +277,3 @@ class Training:
         self.run.write(self.out, complete=False, results=closed.results, figures=figures)
         console.say(f"adapter of step {state.best['step']} in {self.out}")
         return complete(self.out)
-
-
-def sample(store: Store, rows: list[Row], limit: int) -> tuple[list[Example], list[Row]]:
-    """Return at most `limit` (0: all) examples and their rows, chosen at random but always the same: files are often sorted.
-
-    Examples of a group (`Task.group`) come together, the last of them beyond the limit if need be.
-    """
-    chosen = list(range(len(store)))
-    if 0 < limit < len(store):
-        chosen = np.random.default_rng(0).permutation(len(store)).tolist()
-        if "group" in store[0].arrays:
-            groups = [int(store[i].arrays["group"]) for i in range(len(store))]
-            first = {group: place for place, group in reversed(list(enumerate(groups[i] for i in chosen)))}
-            chosen.sort(key=lambda i: first[groups[i]])
-            limit += next((more for more, i in enumerate(chosen[limit:]) if groups[i] != groups[chosen[limit - 1]]), len(store))
-        chosen = sorted(chosen[:limit])
-    return [store[i] for i in chosen], [rows[i] for i in chosen]
