@@ -17,6 +17,7 @@ rows, `merge` and `export` add theirs, and refuse to ship less than LEAST_KEPT.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -79,6 +80,8 @@ def refuse_lost_gain(results: Results, what: str, advice: Sequence[str], *, forc
         f"{shipped['loss']:.4g} {NAMES[what]}"
     )
     share = kept(results, shipped)
+    if not math.isfinite(adapter):
+        raise ModelError(f"the adapter computes nothing: {figures}", hint="train it again, with a lower --learning-rate")
     if share is None:
         little = "is no better than the base" if adapter >= base else "gains too little to tell what is kept of it"
         console.warn(f"the adapter {little}: {figures}")

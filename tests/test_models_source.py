@@ -176,6 +176,12 @@ def test_config_without_what_a_decoder_needs(folder: Path) -> None:
     assert refusal(folder).message == "config.json of a llama model has no 'hidden_size'"
 
 
+@pytest.mark.parametrize(("key", "value"), [("num_hidden_layers", 10**9), ("num_hidden_layers", 0), ("head_dim", 10**9)])
+def test_config_with_a_number_that_fills_the_memory(key: str, value: int, folder: Path) -> None:
+    edit_config(folder, **{key: value})
+    assert f"config.json of a llama model is wrong: {key} is {value}; allowed: 1 to " in refusal(folder).message
+
+
 def test_no_such_model(tmp_path: Path) -> None:
     assert refusal(tmp_path / "nowhere").message == f"there is no model {tmp_path / 'nowhere'}"
     (tmp_path / "weights.bin").write_bytes(b"x")
@@ -207,6 +213,10 @@ def test_a_folder_without_tokenizer_json_is_converted(tmp_path: Path, monkeypatc
     assert source.folder.parent == tmp_path / "cache"
     assert (source.folder / "config.json").is_file()
     assert Tokenizer.from_folder(source.folder).encode("hello worlds", add_special_tokens=True) == [2, 5, 6, 7, 3]
+    assert open_model(str(folder)).folder == source.folder
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "world", "hello", "##s"]))
+    changed = open_model(str(folder)).folder
+    assert Tokenizer.from_folder(changed).encode("hello worlds", add_special_tokens=True) == [2, 6, 5, 7, 3]
 
 
 def test_loading_at_four_bits_never_holds_the_fp32_model(tmp_path: Path) -> None:

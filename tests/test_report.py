@@ -229,6 +229,12 @@ def test_the_guard(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err.startswith("warning: 50% of what was learned is left")
 
 
+def test_an_adapter_that_is_broken_does_not_ship() -> None:
+    table = [{"what": "base", "loss": 2.0}, {"what": "adapter", "loss": float("nan")}, {"what": "merged", "loss": 2.0}]
+    with pytest.raises(ModelError, match="the adapter computes nothing: held-out loss 2 before training, nan with"):
+        refuse_lost_gain(table, "merged", [], force=True)
+
+
 @pytest.mark.parametrize(("adapter", "text"), [(2.1, "is no better than the base"), (1.99, "gains too little to tell")])
 def test_where_nothing_was_learned_no_share_is_told(adapter: float, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     table = [{"what": "base", "loss": 2.0}, {"what": "adapter", "loss": adapter}, {"what": "merged", "loss": 3.0}]

@@ -45,6 +45,10 @@ ACTIVATIONS = {
 }  # fmt: skip
 
 
+# What lists are made of before anything is held against the weights: a damaged number must not fill the memory.
+MOST = {"num_hidden_layers": 4096, "n_layer": 4096, "head_dim": 65536}
+
+
 def decoder_spec(config: Config) -> DecoderSpec:
     """Return the description of the decoder that a config.json names.
 
@@ -56,6 +60,9 @@ def decoder_spec(config: Config) -> DecoderSpec:
             f'model type "{model_type}" is not a decoder that EdgeLoRA knows; known are {", ".join(sorted(FAMILIES))}.'
             f"{did_you_mean(model_type, FAMILIES)}"
         )
+    for key, most in MOST.items():
+        if isinstance(value := config.get(key), int | float) and not 0 < value <= most:
+            raise ModelError(f"config.json of a {model_type} model is wrong: {key} is {value}; allowed: 1 to {most}")
     try:
         fields = FAMILIES[model_type](config)
         return DecoderSpec(model_type=model_type, special=_special(config), **fields)

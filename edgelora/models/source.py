@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from edgelora.quant.grid import QuantizedTensor
 
 PACKED = (torch.uint8, torch.int8, torch.int32)
+VOCABULARIES = (".json", ".txt", ".model", ".spm", ".jinja")  # and what else decides how a tokenizer is made
 PREPROCESSORS = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -169,7 +170,7 @@ def _open_folder(path: Path, reference: str, license_name: str | None, trust_rem
         _refuse_packed(reference, config)
     files = sorted({entry.path for entry in entries.values()})
     mark = fingerprint([path / "config.json", *files])
-    folder = path if (path / "tokenizer.json").is_file() or reads_no_text(path) else _with_tokenizer(path, mark)
+    folder = path if (path / "tokenizer.json").is_file() or reads_no_text(path) else _with_tokenizer(path)
     tensors = {name: (entry.shape, _reader(read_entry, entry)) for name, entry in entries.items()}
     rows = {name: _reader(read_entry_rows, entry) for name, entry in entries.items() if entry.shape and entry.shape[0]}
     known = card_license(path) or license_name
@@ -184,10 +185,11 @@ def reads_no_text(path: Path) -> bool:
     return any((path / name).is_file() for name in PREPROCESSORS) and not any((path / name).is_file() for name in vocabularies)
 
 
-def _with_tokenizer(path: Path, mark: str) -> Path:
+def _with_tokenizer(path: Path) -> Path:
+    """Return the cache's folder with the tokenizer that is made of a model's files; another one when these change."""
     import shutil
 
-    folder = converted(path, mark)
+    folder = converted(path, fingerprint(sorted(p for p in path.iterdir() if p.suffix in VOCABULARIES and p.is_file())))
     for name in ("config.json", "generation_config.json"):
         if (path / name).is_file() and not (folder / name).is_file():
             shutil.copyfile(path / name, folder / name)
