@@ -26,8 +26,13 @@ TYPES: dict[str, np.dtype[Any]] = {"BF16": np.dtype(np.uint16), "F32": np.dtype(
 Array = NDArray[np.float32]
 
 
-def write_tensors(path: Path, stored: Mapping[str, tuple[str, NDArray[Any]]], facts: Mapping[str, str]) -> None:
-    """Write (dtype, array) by name, and the metadata `facts`, atomically; bf16 comes as uint16. F32 must stand before BF16."""
+def write_tensors(
+    path: Path, stored: Mapping[str, tuple[str, NDArray[Any]]], facts: Mapping[str, str], *, private: bool = False
+) -> None:
+    """Write (dtype, array) by name, and the metadata `facts`, atomically; bf16 comes as uint16. F32 must stand before BF16.
+
+    `private`: nobody but the user may read the file, nor while it is written.
+    """
     header: dict[str, Any] = {"__metadata__": dict(facts)}
     end = 0
     for name, (kind, array) in stored.items():  # fp32 first, so that each begins at a multiple of its element's size
@@ -38,6 +43,7 @@ def write_tensors(path: Path, stored: Mapping[str, tuple[str, NDArray[Any]]], fa
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # another process may write it too
     with disk_errors(path):
         try:
+            partial.touch(mode=0o600 if private else 0o666)
             with partial.open("wb") as file:
                 file.write(len(text).to_bytes(8, "little") + text)
                 for kind, array in stored.values():

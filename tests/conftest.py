@@ -21,6 +21,8 @@ def base_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
     os.environ["EDGELORA_BASE_CACHE"] = str(folder)
     os.environ["EDGELORA_PACKED_CACHE"] = str(folder / "packed")
+    os.environ["EDGELORA_PREFIX_CACHE"] = str(folder / "prefixes")
+    os.environ.pop("EDGELORA_PREFIX_CACHE_GB", None)
     return folder
 
 

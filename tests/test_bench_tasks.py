@@ -113,7 +113,7 @@ def test_a_picture_has_its_class_in_words_and_no_picture_is_in_two_parts(tmp_pat
     pixels = np.stack([np.full((28, 28), 10 * kind + row, np.uint8) for row in range(5) for kind in range(10)])
     known = pixels, np.arange(50) % 10
     for part, first, count in (("train", 0, 3), ("valid", 3, 2)):
-        pairs.write(tmp_path, part, pairs.named(known, (3, 7), first, count))
+        pairs.write(tmp_path, part, pairs.singles(known, (3, 7), first, count))
     seen = []
     for part in ("train", "valid"):
         for text in (tmp_path / part / f"{part}.jsonl").read_text(encoding="utf-8").splitlines():
@@ -121,6 +121,16 @@ def test_a_picture_has_its_class_in_words_and_no_picture_is_in_two_parts(tmp_pat
             seen.append(int(np.asarray(Image.open(tmp_path / part / row["image"])).max()))
             assert row["text"] == f"a picture of a {pairs.KINDS[seen[-1] // 10]}"
     assert len(seen) == len(set(seen)) == 10
+
+
+def test_a_picture_of_two_says_which_is_left() -> None:
+    known = np.stack([np.full((28, 28), 20 * kind + 20, np.uint8) for kind in range(10)]), np.arange(10)
+    found = list(pairs.couples(known, (3, 7), 0, 2))
+    assert len(found) == 2 * 2 * 2
+    for picture, text in found:
+        shown = np.asarray(picture)
+        left, right = (int(shown[:, half].max()) // 20 - 1 for half in (slice(0, 32), slice(32, 64)))
+        assert text == f"a {pairs.KINDS[left]} left of a {pairs.KINDS[right]}"
 
 
 def test_the_speaker_that_is_adapted_to_is_not_pretrained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 import edgelora
 from edgelora.config import GenerateConfig
 from edgelora.errors import UserError
-from edgelora.run.generate import Answer, StopStrings, prompt_ids
+from edgelora.run.generate import Answer, prompt_ids
 from edgelora.run.model import Model
+from edgelora.run.stops import StopStrings
 from edgelora.tasks import get_task
 
 END = 256  # <|end|> of the tiny tokenizer

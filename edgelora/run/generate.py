@@ -19,6 +19,8 @@ from edgelora.run.kept import LEAST_KEPT, Kept
 from edgelora.run.prefill import shipped as prompt_graph
 from edgelora.run.prefix import LEAST, shipped
 from edgelora.run.sampling import Sampler
+from edgelora.run.stops import StopStrings
+from edgelora.run.stored import LEAST_STORED, find_store
 from edgelora.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ class Generator:
         self.decoder = self._open(adapter)
         self.prefix = shipped(bundle)
         self.kept = Kept()
+        self.store = find_store(bundle)
         self.cached: list[int] = []  # the tokens that the cache holds, in order
         self.reused = 0  # tokens of the last prompt that needed no computing
         self.writing: Answer | None = None  # whose tokens they are
@@ -75,7 +78,8 @@ class Generator:
         ids = prompt_ids(self.tokenizer, prompt, config, tools)
         if not ids:
             raise UserError("the prompt is empty", hint='edgelora run BUNDLE "some text"')
-        return Answer(self, ids, config)
+        fixed = 0 if self.store is None else fixed_tokens(self.tokenizer, asked(self.tokenizer, prompt, config), ids)
+        return Answer(self, ids, config, fixed=fixed)
 
     def feed(self, ids: list[int], fixed: int = 0) -> NDArray[np.float32]:
         """Make the cache hold exactly `ids` and return the logits `[vocabulary]` after the last.
@@ -86,21 +90,27 @@ class Generator:
         self.decoder.reserve(len(ids))  # the limit is checked before anything is forgotten
         self.decoder.rewind(keep)
         self.cached = self.cached[:keep]
-        self.begin(ids[:-2])  # one position alone is rounded differently from several, and would not be what it is without
+        # The last two are computed in any case: one position alone is rounded differently from several.
+        self.begin(ids[:-2], fixed)
         self.reused = len(self.cached)
         if LEAST_KEPT <= fixed <= len(ids) - 2 and self.reused < fixed:
             self.decoder.prefill(ids[self.reused : fixed])
             self.cached = ids[:fixed]
-            self.kept.add(self.cached, self.decoder.saved())
+            saved = self.decoder.saved()
+            self.kept.add(self.cached, saved)
+            if self.store is not None and self.adapter is None:
+                self.store.add(self.cached, saved)
         done = len(self.cached)
         logits = self.decoder.prefill(ids[done:])
         self.cached += ids[done:]
         return logits
 
-    def begin(self, ids: list[int]) -> None:
-        """Let the cache hold what memory or the bundle's prefix has of `ids`, where that is more than it holds already."""
+    def begin(self, ids: list[int], fixed: int = 0) -> None:
+        """Let the cache hold what memory, the bundle's prefix or the user's cache folder has of `ids`, where that is more than
+        it holds already."""
         length, cache = self.kept.find(ids)
-        if self.prefix is not None and self.adapter is None:  # whose keys and values are those of the model without an adapter
+        files = self.adapter is None  # their keys and values are those of the model without an adapter
+        if files and self.prefix is not None:
             shared = common_prefix(self.prefix.ids, ids)
             if shared >= max(length, len(self.cached)) + LEAST:
                 read = self.prefix.read(self.decoder.cache_shapes)
@@ -108,6 +118,11 @@ class Generator:
                     self.prefix = None
                 else:
                     length, cache = shared, read
+        if files and self.store is not None and len(ids) >= fixed >= max(length, len(self.cached)) + LEAST_STORED:
+            stored = self.store.find(ids[:fixed], self.decoder.cache_shapes)
+            if stored is not None:
+                length, cache = fixed, stored
+                self.kept.add(ids[:fixed], stored)
         if length >= len(self.cached) + LEAST:
             self.decoder.restore(cache, length)
             self.cached = ids[:length]
@@ -234,38 +249,6 @@ class Answer:
         return rows, draft
 
 
-class StopStrings:
-    """Holds back text that may be the beginning of a stop string, also across the borders of tokens."""
-
-    def __init__(self, stops: Sequence[str]) -> None:
-        self.stops = tuple(stops)
-        self.held = ""
-        self.found = False
-
-    def push(self, text: str) -> str:
-        """Add text and return what may be shown; after a stop string, which is not shown, `found` is True."""
-        self.held += text
-        places = [place for stop in self.stops if (place := self.held.find(stop)) >= 0]
-        if places:
-            self.found = True
-            shown, self.held = self.held[: min(places)], ""
-            return shown
-        keep = max((overlap(self.held, stop) for stop in self.stops), default=0)
-        cut = len(self.held) - keep
-        shown, self.held = self.held[:cut], self.held[cut:]
-        return shown
-
-    def rest(self) -> str:
-        """Return what was held back when no more text comes."""
-        shown, self.held = self.held, ""
-        return shown
-
-
-def overlap(text: str, stop: str) -> int:
-    """Return the length of the longest end of `text` that is a beginning of `stop`, the whole of it excluded."""
-    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
-
-
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """Return how many items from the start are equal."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
@@ -283,9 +266,17 @@ def fixed_tokens(tokenizer: Tokenizer, prompt: Prompt, ids: Sequence[int]) -> in
 
 def prompt_ids(tokenizer: Tokenizer, prompt: Prompt, config: GenerateConfig, tools: Sequence[Any] | None = None) -> list[int]:
     """Return the tokens of a prompt as training had them: a user turn where there is a chat template, raw text elsewhere."""
+    messages = asked(tokenizer, prompt, config)
+    if isinstance(messages, str):
+        return tokenizer.encode_prompt(messages)
+    return tokenizer.encode_chat(messages, tools=tools, add_generation_prompt=True)
+
+
+def asked(tokenizer: Tokenizer, prompt: Prompt, config: GenerateConfig) -> str | list[Mapping[str, Any]]:
+    """Return the chat that a prompt comes to, with its system turn; the text that it is where there is no chat template."""
     if isinstance(prompt, str) and (config.raw or tokenizer.chat_template is None):
-        return tokenizer.encode_prompt((config.system or "") + prompt)
+        return (config.system or "") + prompt
     messages: list[Mapping[str, Any]] = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if config.system is not None and not any(message.get("role") == "system" for message in messages):
         messages.insert(0, {"role": "system", "content": config.system})
-    return tokenizer.encode_chat(messages, tools=tools, add_generation_prompt=True)
+    return messages

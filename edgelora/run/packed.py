@@ -162,10 +162,10 @@ def cache_folder() -> Path:
     return Path(named).expanduser() if named else Path(platformdirs.user_cache_dir("edgelora")) / "packed"
 
 
-def cache_bytes() -> int:
+def cache_bytes(variable: str = "EDGELORA_PACKED_CACHE_GB", default: float = CACHE_GB) -> int:
     """Return the bytes that all entries may take together. Raises SettingsError if the variable is no number."""
-    text = os.environ.get("EDGELORA_PACKED_CACHE_GB", str(CACHE_GB))
+    text = os.environ.get(variable, str(default))
     try:
         return int(float(text) * (1 << 30))
     except (ValueError, OverflowError):
-        raise SettingsError(f'EDGELORA_PACKED_CACHE_GB is "{text}"; a number of gigabytes is wanted') from None
+        raise SettingsError(f'{variable} is "{text}"; a number of gigabytes is wanted') from None

@@ -12,6 +12,7 @@ Runtime does not promise it, and other kernels may change the last bits of logit
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 FILE = "prefix.safetensors"
 FORMAT, VERSION = "edgelora-prefix", "1"
+UNUSABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)  # what a damaged file can raise
 LEAST = 8  # tokens: fewer are computed sooner than copied
 
 
@@ -48,7 +50,7 @@ class Prefix:
         if self.cache is None:
             try:
                 self.cache = read_prefix(self.path, self.ids, shapes)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            except UNUSABLE as error:
                 console.warn(f"{self.path} is not used, the beginning of prompts is computed anew: {error}")
         return self.cache
 
@@ -68,14 +70,19 @@ def shipped(bundle: Bundle) -> Prefix | None:
     return Prefix(path, ids)
 
 
-def write_prefix(path: Path, ids: Sequence[int], cache: Cache) -> None:
-    """Write keys and values atomically."""
+def write_prefix(path: Path, ids: Sequence[int], cache: Cache, *, private: bool = False) -> None:
+    """Write keys and values atomically, with their sha256 where no manifest has it: in a `private` file."""
     facts = {"format": FORMAT, "version": VERSION, "token_ids": json.dumps(list(ids))}
-    write_tensors(path, {name: ("F32", array) for name, array in cache.items()}, facts)
+    if private:
+        facts["sha256"] = digest(cache)
+    write_tensors(path, {name: ("F32", array) for name, array in cache.items()}, facts, private=private)
 
 
-def read_prefix(path: Path, ids: Sequence[int], shapes: Mapping[str, tuple[int, int]]) -> Cache:
-    """Return views of a file's keys and values. Raises OSError, ValueError, KeyError, TypeError or AttributeError."""
+def read_prefix(path: Path, ids: Sequence[int], shapes: Mapping[str, tuple[int, int]], *, private: bool = False) -> Cache:
+    """Return views of a file's keys and values, of a `private` file compared with their sha256.
+
+    Raises one of UNUSABLE.
+    """
     data = path.read_bytes()
     header, start = read_header(data)
     facts = header.pop("__metadata__")
@@ -90,4 +97,15 @@ def read_prefix(path: Path, ids: Sequence[int], shapes: Mapping[str, tuple[int, 
         raise ValueError("its keys and values are not those of this model")
     if not all(np.isfinite(array).all() for array in cache.values()):
         raise ValueError("it has values that are not finite")
+    if private and facts["sha256"] != digest(cache):
+        raise ValueError("its numbers have changed")
     return cache
+
+
+def digest(cache: Cache) -> str:
+    """Return the sha256 of names, keys and values."""
+    found = hashlib.sha256()
+    for name in sorted(cache):
+        found.update(name.encode() + b"\0")
+        found.update(np.ascontiguousarray(cache[name]).data)
+    return found.hexdigest()

@@ -44,6 +44,10 @@ ENTRIES = (
         pairs.names, has_head=False,
     ),
     Entry(
+        "fashion-captions", "image-to-text", "ViT + BERT, small", "Fashion-MNIST: two in a picture", "bleu",
+        pairs.captions, has_head=False, rows=100,
+    ),
+    Entry(
         "fsdd-words", "automatic-speech-recognition", "Whisper tiny.en", "FSDD digits", "wer", sounds.words, has_head=False,
     ),
     Entry(
@@ -61,6 +65,6 @@ ENTRIES = (
     ),
     Entry(
         "e2e", "text-generation", "SmolLM2-135M", "E2E: meaning → text", "loss", texts.descriptions,
-        options={"epochs": 1}, has_head=False, generate=False,
+        options={"epochs": 1}, has_head=False, generate=False, rows=100,
     ),
 )  # fmt: skip

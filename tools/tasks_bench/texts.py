@@ -173,5 +173,5 @@ def descriptions(places: Places) -> Prepared:
         groups[row["mr"]].append({"prompt": f"Describe: {row['mr']}", "completion": row["ref"]})
     parts = split(list(groups.values()), test=60, valid=30, train=-1)
     rows = {name: [row for group in part for row in group] for name, part in parts.items()}
-    rows["train"] = split(rows["train"], train=480)["train"]
+    rows["train"] = split(rows["train"], train=240)["train"]
     return prepared(SMOLLM2, places.work / "rows" / "e2e", rows)
