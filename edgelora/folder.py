@@ -124,14 +124,15 @@ def lock(path: Path) -> Iterator[None]:
 
 @contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full or unwritable disk into a message."""
+    """Turn a full or unwritable disk into a message; what may not be read elsewhere is another matter."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(path.parent).free >> 20
             raise MachineError(f"the disk is full: writing {path} failed with {free} MB left", hint="free some space") from None
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        elsewhere = error.filename and not Path(error.filename).resolve().is_relative_to(path.parent.resolve())
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM) and not elsewhere:
             raise FolderError(f"{path} cannot be written: {error.strerror}", hint="choose another folder with -o") from None
         raise
 

@@ -163,6 +163,22 @@ def test_errors_of_the_child_are_those_of_the_parent(model: Path, tmp_path: Path
         Prepared.open(tmp_path)
 
 
+def test_what_a_child_did_not_expect_is_a_message_too(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from edgelora.data.prepare import unexpected
+    from edgelora.errors import EdgeLoRAError
+
+    monkeypatch.delenv("EDGELORA_TRACEBACK", raising=False)
+    (model / "tokenizer.json").write_text(json.dumps({"model": {"type": "BPE"}}))
+    data = write_rows(tmp_path / "rows.jsonl", commands(3))
+    with pytest.raises(EdgeLoRAError):
+        prepare(data, model, tmp_path / "out", FinetuneConfig(), max_length=64)
+    assert "Traceback" not in capfd.readouterr().err
+    assert unexpected(PermissionError(13, "Permission denied", "a.jsonl"))["message"] == "a.jsonl: Permission denied"
+    assert unexpected(KeyError("x"))["message"].startswith("preparing rows failed: KeyError: 'x' (unexpected")
+
+
 def test_a_child_that_dies_is_said_so(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import subprocess
 

@@ -108,6 +108,13 @@ def test_a_full_or_closed_disk(tmp_path: Path, code: int, kind: type[Exception],
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_file_that_may_not_be_read_is_no_matter_of_the_output(tmp_path: Path) -> None:
+    with pytest.raises(PermissionError), folder.new_folder(tmp_path / "out"):
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path.parent / "rows.jsonl"))
+    with pytest.raises(FolderError, match="cannot be written"), folder.new_folder(tmp_path / "out"):
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / ".out.partial" / "file"))
+
+
 def test_a_folder_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(FolderError, match="file cannot be made: File exists"):

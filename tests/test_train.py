@@ -150,10 +150,11 @@ def test_micro_batches_weigh_every_token_the_same(kind: str, request: pytest.Fix
         assert lines[0]["grad_norm"] == pytest.approx(lines[1]["grad_norm"], rel=SAME_STEP)
 
 
+@pytest.mark.parametrize("first", [3.0, float("nan")])
 def test_best_adapter_is_kept_and_patience_ends_the_run(
-    decoder: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    first: float, decoder: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scores = iter([3.0, 2.0, 2.5, 2.6, 1.0])
+    scores = iter([first, 2.0, 2.5, 2.6, 1.0])
     kept: list[int] = []
     begin = Trainer.__init__
 

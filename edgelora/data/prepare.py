@@ -170,8 +170,21 @@ def main() -> int:
         answer = {"error": type(error).__name__, "message": error.message, "hint": error.hint, "problems": problems}
     except KeyboardInterrupt:  # the parent gets it too, and says so
         return 130
+    except Exception as error:
+        if os.environ.get("EDGELORA_TRACEBACK"):
+            raise
+        answer = unexpected(error)
     print(json.dumps(answer), flush=True)
     return 0
+
+
+def unexpected(error: Exception) -> dict[str, Any]:
+    """Return the answer of a child that failed at a file that it may not read, or at a defect of ours."""
+    if isinstance(error, OSError) and error.filename:
+        return {"error": "DataError", "message": f"{error.filename}: {error.strerror}", "hint": None, "problems": []}
+    hint = "rerun with EDGELORA_TRACEBACK=1 in the environment to see where it happened"
+    text = f"{type(error).__name__}: {' '.join(str(error).split()) or 'no message'} (unexpected: this is a defect of EdgeLoRA)"
+    return {"error": "EdgeLoRAError", "message": f"preparing rows failed: {text}", "hint": hint}
 
 
 def write_stores(data: str, processor_folder: Path, out: Path, config: FinetuneConfig, max_length: int) -> None:

@@ -212,7 +212,7 @@ class Trainer:
         sign = 1.0 if task.higher_is_better else -1.0
 
         def key(found: dict[str, float]) -> tuple[float, float]:
-            return sign * found[task.metric], -found["loss"]
+            return worth(sign * found[task.metric]), worth(-found["loss"])
 
         if not state.best or key(metrics) > key(state.best["metrics"]):
             state.best, state.worse = {"step": state.step, "metrics": metrics}, 0
@@ -255,6 +255,11 @@ class Trainer:
         loss = f"{state.loss_sum / state.loss_items:.3f}" if state.loss_items else f"{state.train_loss or 0.0:.3f}"
         bar.update(self.unshown, loss=loss, speed=speed, memory=f"{hardware.rss_mb():.0f} MB")
         self.unshown, self.shown_at = 0, time.monotonic()
+
+
+def worth(value: float) -> float:
+    """Return the value, of NaN less than any: whatever comes after it is better."""
+    return -math.inf if math.isnan(value) else value
 
 
 def evaluation_steps(num_steps: int, times: int) -> set[int]:
