@@ -153,6 +153,21 @@ def test_another_graph_is_no_decoder(classifier_bundle: Path) -> None:
     assert caught.value.message == f"{path} is not a decoder: it has no cache of keys and values"
 
 
+@pytest.mark.parametrize(("name", "axis"), [("past_key_values.0.key", 1), ("past_key_values.0.value", 3)])
+def test_a_graph_of_open_sizes_is_no_decoder(decoder_bundle: Path, tmp_path: Path, name: str, axis: int) -> None:
+    import onnx
+
+    path = tmp_path / "model.onnx"
+    model = open_bundle(decoder_bundle).model_path
+    shutil.copy(model.with_name(f"{model.name}_data"), tmp_path / f"{model.name}_data")
+    proto = onnx.load(model, load_external_data=False)
+    value = next(value for value in (*proto.graph.input, *proto.graph.output) if value.name == name)
+    value.type.tensor_type.shape.dim[axis].dim_param = "any"
+    path.write_bytes(proto.SerializeToString())
+    with pytest.raises(FolderError, match="is not a decoder: it leaves the size of its vocabulary or cache open"):
+        DecoderSession(path, max_length=10)
+
+
 def test_too_little_memory_is_a_message(decoder_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import onnxruntime
 

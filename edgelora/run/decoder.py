@@ -62,10 +62,15 @@ class DecoderSession:
         if missing := {"input_ids", "attention_mask"} - inputs.keys() | {"logits"} - outputs.keys():
             raise FolderError(f"{model} is not a decoder: it lacks {', '.join(sorted(missing))}")
         self.selects = SELECTOR in inputs or SELECTOR in overridable
-        self.vocab_size = int(outputs["logits"].shape[-1])
-        self.cache_shapes = {
-            name: (int(value.shape[1]), int(value.shape[3])) for name, value in inputs.items() if name.startswith("past_key")
-        }
+        try:
+            self.vocab_size = int(outputs["logits"].shape[-1])
+            self.cache_shapes = {
+                name: (int(value.shape[1]), int(value.shape[3]))
+                for name, value in inputs.items()
+                if name.startswith("past_key")
+            }
+        except (ValueError, TypeError, IndexError):
+            raise FolderError(f"{model} is not a decoder: it leaves the size of its vocabulary or cache open") from None
         if not self.cache_shapes:
             raise FolderError(f"{model} is not a decoder: it has no cache of keys and values")
         self.cache: Cache = {}
