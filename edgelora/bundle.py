@@ -92,7 +92,7 @@ def open_bundle(path: str | Path, *, verify: bool = True, known: Callable[[Path]
             pad_token_id=tokens["pad"],
             config=config,
         )
-    except (KeyError, TypeError, ValueError, AttributeError, FileNotFoundError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, FileNotFoundError) as error:
         raise FolderError(
             f"{folder} is damaged: its manifest or config.json cannot be used ({type(error).__name__}: {error})",
             hint=f"edgelora export RUN -o {folder} --overwrite",

@@ -22,6 +22,12 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from edgelora.errors import DataError, ModelError
 
+# A template is a program of its own, and comes with a model: what it cannot do, or must not, shows as any of these.
+FAILURES = (
+    jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError,
+    SyntaxError,
+)  # fmt: skip
+
 Message = Mapping[str, Any]
 Span = tuple[int, int]
 
@@ -44,8 +50,8 @@ class ChatTemplate:
         self.has_marks = re.search(r"\{%[-+]?\s*generation\b", source) is not None
         try:
             self.template = environment.from_string(source)
-        except jinja2.TemplateError as error:
-            raise ModelError(f"the chat template of the tokenizer cannot be read: {error}") from None
+        except FAILURES as error:
+            raise ModelError(f"the chat template of the tokenizer cannot be read: {reason(error)}") from None
 
     def render(self, messages: Sequence[Message], tools: Sequence[Any] | None, *, add_generation_prompt: bool) -> str:
         return self.render_marked(messages, tools, add_generation_prompt=add_generation_prompt)[0]
@@ -62,9 +68,8 @@ class ChatTemplate:
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
             )
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-            # The template is a program of its own: what it cannot do with the messages shows as any of these.
-            raise DataError(f"the chat template refuses the conversation: {error}") from None
+        except FAILURES as error:
+            raise DataError(f"the chat template refuses the conversation: {reason(error)}") from None
         return cut_marks(text)
 
     def assistant_spans(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> tuple[str, list[Span]]:
@@ -89,6 +94,10 @@ class ChatTemplate:
         if turns and turns[-1] == len(messages) - 1 and (not spans or spans[-1][1] != len(text)):
             raise DataError("the chat template does not write the answer after its own generation prompt")
         return text, spans
+
+
+def reason(error: BaseException) -> str:
+    return str(error) or type(error).__name__
 
 
 class GenerationBlock(Extension):

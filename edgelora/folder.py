@@ -155,7 +155,7 @@ def read_manifest(folder: Path, *kinds: str) -> dict[str, Any]:
     except FileNotFoundError:
         found = "it does not exist" if not folder.exists() else f"it has no {MANIFEST}"
         raise FolderError(f"{folder} is not a {wanted} folder: {found}", hint=MAKERS.get(kinds[0])) from None
-    except (ValueError, KeyError, TypeError, NotADirectoryError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError, NotADirectoryError):
         raise FolderError(f"{folder / MANIFEST} is damaged") from None
     if version > FORMAT_VERSION:
         raise FolderError(

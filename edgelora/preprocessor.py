@@ -51,5 +51,5 @@ def read_preprocessor(folder: Path, part: str, build: Callable[[Mapping[str, Any
     except FileNotFoundError:
         name = part.replace("_", " ")
         raise ModelError(f"{folder} has no {PREPROCESSOR}", hint=f"save the model's {name} beside it") from None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ModelError(f"{path} cannot be used: {type(error).__name__}: {error}") from None

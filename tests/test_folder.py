@@ -142,6 +142,8 @@ def test_manifests_are_read_back(tmp_path: Path) -> None:
     [
         ("not json", "is damaged"),
         ("[]", "is damaged"),
+        ("[" * 200_000, "is damaged"),
+        ('{"kind": "run", "format": 1e999}', "is damaged"),
         ('{"kind": "run", "format": null}', "is damaged"),
         ('{"kind": "run", "format": 1, "complete": true, "labels": 3}', r"is damaged: labels"),
         ('{"kind": "run", "format": 1, "complete": true, "labels": []}', r"is damaged: task, model, settings, plan, grid"),

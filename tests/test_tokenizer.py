@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from edgelora.chat_template import ChatTemplate
 from edgelora.errors import DataError, ModelError
 from edgelora.tokenizer import Tokenizer
 from tests import chat_templates, tiny
@@ -233,3 +234,26 @@ def test_the_device_side_imports_neither_torch_nor_transformers() -> None:
     code += "print(sorted({'torch', 'transformers', 'sklearn', 'pyarrow', 'huggingface_hub'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{% for i in range(1000000000) %}a{% endfor %}", "Range too big"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        ("{{ 'x' * 10**15 }}", "MemoryError"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+        ("{{ raise_exception['__globals__']['secrets'].token_hex() }}", "unsafe"),
+        ("{% set _ = messages.append(messages[0]) %}", "unsafe"),
+        ("{% include '/etc/hostname' %}", "no loader"),
+    ],
+)
+def test_a_template_that_does_harm_ends_with_a_message(source: str, said: str) -> None:
+    with pytest.raises(DataError, match=f"the chat template refuses the conversation: .*{said}"):
+        ChatTemplate(source, {}).render([{"role": "user", "content": "a"}], None, add_generation_prompt=True)
+
+
+def test_a_template_nested_too_deeply_cannot_be_read() -> None:
+    with pytest.raises(ModelError, match="the chat template of the tokenizer cannot be read: "):
+        ChatTemplate("{{" + "(" * 5000 + "1" + ")" * 5000 + "}}", {})
