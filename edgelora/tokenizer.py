@@ -71,7 +71,10 @@ class Tokenizer:
             template = named.get("default")
         file = folder / "chat_template.jinja"
         if file.is_file():
-            template = file.read_text(encoding="utf-8")
+            try:
+                template = file.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                raise ModelError(f"{file} is not UTF-8", hint="save it as UTF-8") from None
         stop = read_config(folder / "generation_config.json").get("eos_token_id") or []
         found = cls(native, config, template or None, [stop] if isinstance(stop, int) else stop)
         model = read_config(folder / "config.json")

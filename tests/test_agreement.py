@@ -8,7 +8,7 @@ import pytest
 import torch
 from tolerances import AGREEMENT
 
-from edgelora.errors import ModelError
+from edgelora.errors import FolderError, ModelError
 from edgelora.models.agreement import AT_ONCE, Agreement, Reference, compare, tiles
 from edgelora.models.head import TILE_ROWS, Head
 from edgelora.models.linear import FrozenWeight
@@ -43,6 +43,9 @@ def test_the_reference_comes_back_from_its_file(tmp_path: Path) -> None:
     found = Reference.load(tmp_path / "reference.safetensors", None)
     assert [len(part) for part in found.said] == [3, 1, 5]
     assert all(torch.equal(left, right) for left, right in zip(found.said, said, strict=True))
+    (tmp_path / "reference.safetensors").write_bytes(b"")
+    with pytest.raises(FolderError, match=r"reference\.safetensors is damaged: "):
+        Reference.load(tmp_path / "reference.safetensors", None)
 
 
 def test_no_positions_give_no_figures_but_zeros() -> None:

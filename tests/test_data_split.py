@@ -85,3 +85,7 @@ def test_a_damaged_store_is_refused(tmp_path: Path) -> None:
     (tmp_path / "store" / "ids.bin").write_bytes(b"")
     with pytest.raises(FolderError, match="is damaged: "):
         Store.open(tmp_path / "store")
+    for arrays, said in (("[]", "is damaged: "), ('{"../../x": {"dtype": "int32", "shape": null}}', "points outside of")):
+        (tmp_path / "store" / "store.json").write_text(f'{{"rows": 1, "arrays": {arrays}}}')
+        with pytest.raises(FolderError, match=said):
+            Store.open(tmp_path / "store")

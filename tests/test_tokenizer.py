@@ -210,6 +210,9 @@ def test_what_is_no_tokenizer_is_said_so(tmp_path: Path) -> None:
         tiny_tokenizer(tmp_path, "{% if %}").render_chat(CHAT, add_generation_prompt=True)
     with pytest.raises(ModelError, match="the tokenizer has no chat template"):
         tiny_tokenizer(tmp_path).render_chat(CHAT, add_generation_prompt=True)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    with pytest.raises(ModelError, match=r"chat_template\.jinja is not UTF-8"):
+        Tokenizer.from_folder(tmp_path)
 
 
 def test_templates_refuse_in_their_own_words_and_stay_in_their_sandbox(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgelora.errors import FolderError
-from edgelora.folder import write_json
+from edgelora.folder import inside, write_json
 from edgelora.tasks.base import Example
 
 
@@ -68,11 +68,11 @@ class Store(Sequence[Example]):
             description = json.loads((folder / "store.json").read_text(encoding="utf-8"))
             rows, values, ends = int(description["rows"]), {}, {}
             for name, array in description["arrays"].items():
-                found, shape = map_file(folder / f"{name}.bin", np.dtype(array["dtype"])), array["shape"]
+                found, shape = map_file(inside(folder, f"{name}.bin"), np.dtype(array["dtype"])), array["shape"]
                 if shape is None:
                     fits = len(found) == rows
                 else:
-                    ends[name] = map_file(folder / f"{name}.ends", np.dtype(np.int64))
+                    ends[name] = map_file(inside(folder, f"{name}.ends"), np.dtype(np.int64))
                     fits = len(ends[name]) == rows and int(ends[name][-1]) * math.prod(shape) == len(found)
                     found = found.reshape(-1, *shape) if fits else found
                 values[name] = found
@@ -80,7 +80,7 @@ class Store(Sequence[Example]):
                     raise FolderError(f"{folder} is damaged: {name} does not have the values of {rows} rows")
         except FileNotFoundError as error:
             raise FolderError(f"{folder} is not a store: {Path(error.filename).name} is missing") from None
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise FolderError(f"{folder} is damaged: {error}") from None
         return cls(folder, rows, values, ends)
 

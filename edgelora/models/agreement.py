@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from edgelora.errors import FolderError
 from edgelora.models.head import TILE_ROWS, Head
 from edgelora.models.predictor import TorchPredictor
 
@@ -84,10 +85,15 @@ class Reference:
 
     @classmethod
     def load(cls, path: Path, head: Head | None) -> Reference:
+        """Read what `save` wrote. Raises FolderError where it is damaged."""
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        tensors = load_file(path)
-        return cls(list(torch.split(tensors["said"], tensors["counts"].tolist())), head)
+        try:
+            tensors = load_file(path)
+            return cls(list(torch.split(tensors["said"], tensors["counts"].tolist())), head)
+        except (SafetensorError, KeyError, RuntimeError, TypeError) as error:
+            raise FolderError(f"{path} is damaged: {error}", hint="train the run again") from None
 
 
 class Watched:
