@@ -60,10 +60,6 @@ ENTRIES = (
         options={"epochs": 3, "learning-rate": 3e-3}, has_head=False, rows=120,
     ),
     Entry(
-        "catalogues", "translation", "T5, small", "iso-codes' names of languages, English → German", "chrf",
-        sequences.catalogues, options={"epochs": 2, "learning-rate": 3e-3}, has_head=False, rows=200,
-    ),
-    Entry(
         "e2e", "text-generation", "SmolLM2-135M", "E2E: meaning → text", "loss", texts.descriptions,
         options={"epochs": 1}, has_head=False, generate=False, rows=100,
     ),
