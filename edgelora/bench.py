@@ -241,10 +241,10 @@ def shown_ways(ways: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def main(bundle: str, threads: str, adapter: str | None = None) -> int:
+def main(figures: Callable[..., Mapping[str, Any]], bundle: str, threads: str, *adapter: str) -> int:
     """The child's end: figures as JSON on stdout, or a message on stderr."""
     try:
-        print(json.dumps(measure(Path(bundle), int(threads), adapter)))
+        print(json.dumps(figures(Path(bundle), int(threads), *adapter)))
     except EdgeLoRAError as error:
         print(error.message, file=sys.stderr)
         return error.exit_code
@@ -252,4 +252,4 @@ def main(bundle: str, threads: str, adapter: str | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:4]))
+    sys.exit(main(measure, *sys.argv[1:]))

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from edgelora import bench
-from edgelora.errors import EdgeLoRAError
 
 ELSEWHERE = "between the nodes"
 SHOWN = 12  # operators of each kind of run; the smaller ones are summed up
@@ -39,8 +38,8 @@ def operators(bundle: str | Path, *, threads: int) -> list[dict[str, Any]]:
     return rows
 
 
-def measure(bundle: Path, threads: int) -> list[dict[str, Any]]:
-    """The child: load with the profiler on, run as `bench` does, and read what it wrote."""
+def measure(bundle: Path, threads: int) -> dict[str, list[dict[str, Any]]]:
+    """The child: load with the profiler on, run as `bench` does, and return {"rows"} of what it wrote."""
     from edgelora.run.model import load
     from edgelora.run.session import profiling
 
@@ -51,7 +50,8 @@ def measure(bundle: Path, threads: int) -> list[dict[str, Any]]:
             del model  # sessions write their files when they end
             gc.collect()
         files = sorted(Path(folder).iterdir())
-        return [row for file in files for row in table(runs(json.loads(file.read_text(encoding="utf-8"))))]
+        sessions = [runs(json.loads(file.read_text(encoding="utf-8"))) for file in files]
+        return {"rows": [row for session in sessions for row in table(session)]}
 
 
 def runs(events: Iterable[Event]) -> Iterator[Run]:
@@ -117,15 +117,5 @@ def label(node: Event) -> str:
     return f"{operator} {layer}" if "MatMul" in operator and "/" in str(node["name"]) else operator
 
 
-def main(bundle: str, threads: str) -> int:
-    """The child's end: rows as JSON on stdout, or a message on stderr."""
-    try:
-        print(json.dumps({"rows": measure(Path(bundle), int(threads))}))
-    except EdgeLoRAError as error:
-        print(error.message, file=sys.stderr)
-        return error.exit_code
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:3]))
+    sys.exit(bench.main(measure, *sys.argv[1:]))

@@ -27,12 +27,10 @@ from edgelora.tasks.base import TRIAL_TEXTS
 
 FILE = "prefill.pb"
 ROWS = 32  # of a run's held-out ones, to see what the graph changes
-MOST_KL = (
-    0.05  # nats a token, between answers after a prompt computed either way; 4 bits cost SmolLM2 two to three times as much
-)
+MOST_KL = 0.05  # nats a token, between answers after a prompt computed either way: a guard against models that it breaks
 
 
-class Sequence(NamedTuple):
+class Answered(NamedTuple):
     """Tokens; those from `start` on are an answer."""
 
     ids: list[int]
@@ -93,7 +91,7 @@ def effect(work: Work, path: Path) -> dict[str, float]:
     return {"rows": rows, "tokens": tokens, "loss": round(loss, 5), "loss_without": round(plain, 5), "kl": round(kl, 6)}
 
 
-def sequences(work: Work, longest: int) -> Iterator[Sequence]:
+def sequences(work: Work, longest: int) -> Iterator[Answered]:
     """Yield rows of the run with prompts that are long enough, else a text of which the second half is the answer."""
     from edgelora.export.results import held_out_of
 
@@ -103,16 +101,16 @@ def sequences(work: Work, longest: int) -> Iterator[Sequence]:
         ids, supervised = example.arrays["ids"], example.arrays["supervised"]
         start = int(supervised.argmax())
         if start > LEAST + 1 and len(ids) <= longest:
-            found.append(Sequence(ids.tolist(), start))
+            found.append(Answered(ids.tolist(), start))
     if found:
         yield from found[:ROWS]
         return
     ids = work.processor.encode(" ".join(TRIAL_TEXTS), add_special_tokens=False)
     ids = (ids * -(-4 * LEAST // len(ids)))[: min(4 * LEAST, longest)]
-    yield Sequence(ids, len(ids) // 2)
+    yield Answered(ids, len(ids) // 2)
 
 
-def answer_logits(decoder: DecoderSession, row: Sequence, prompts: PromptGraph | None) -> Array:
+def answer_logits(decoder: DecoderSession, row: Answered, prompts: PromptGraph | None) -> Array:
     """Return the log-probabilities `[len(answer), V]` before each token of the answer."""
     decoder.prompts = prompts
     decoder.rewind(0)
