@@ -59,14 +59,16 @@ def bench(
 ) -> dict[str, Any]:
     """Return medians over `repeats` child processes.
 
-    Keys: load_s (imports, tokenizer and session, in a fresh process), peak_rss_mb (of that process after its work),
-    prefill_tokens_per_s and decode_tokens_per_s, or ms_per_input; read_gb_s (this machine's memory, measured here),
-    bandwidth_percent (weights read per second of decoding against it); of a bundle with a prefix, first_token_prefix_ms and
-    first_token_ms; size_mb, threads, `table` for people. Where the bundle has adapters, or there are `others`, `ways` has a row
-    for each: its figures, and its speed in percent of the first's.
+    Keys: engine ("native": kernels of our own, or "onnxruntime") and engine_reason (why not the former); load_s (imports,
+    tokenizer and session, in a fresh process), peak_rss_mb (of that process after its work), prefill_tokens_per_s and
+    decode_tokens_per_s, or ms_per_input; read_gb_s (this machine's memory, measured here), bandwidth_percent (weights read per
+    second of decoding against it); of a bundle with a prefix, first_token_prefix_ms and first_token_ms; size_mb, threads,
+    `table` for people. Where the bundle has adapters, or there are `others`, `ways` has a row for each: its figures, and its
+    speed in percent of the first's.
     """
     from edgelora.bundle import open_bundle
     from edgelora.hardware import available_memory, physical_cores
+    from edgelora.native.library import reason_of
     from edgelora.rates import read_bandwidth
 
     opened = open_bundle(bundle)
@@ -76,6 +78,9 @@ def bench(
     runs = [figures[0] for figures in rounds]
     result: dict[str, Any] = {"bundle": str(bundle), "task": opened.task, "precision": opened.precision, "threads": threads}
     result |= {name: round(statistics.median(run[name] for run in runs), 3) for name in runs[0]}
+    left = reason_of(opened.model_path) if opened.decoder is not None else "no decoder"
+    result["engine"] = "native" if left is None else "onnxruntime"
+    result["engine_reason"] = left
     weights = sum(path.stat().st_size for path in opened.model_path.parent.glob("*.onnx*"))  # not what prompts alone read
     result["size_mb"] = round(weights / (1 << 20), 1)
     result["read_gb_s"] = round(read_bandwidth(threads, available_memory()), 1)
@@ -225,7 +230,10 @@ def table(result: dict[str, Any]) -> list[dict[str, Any]]:
         "read_gb_s": "memory here, GB/s",
         "bandwidth_percent": "of that used, %",
     }
-    return [{"measured": text, "value": result[name]} for name, text in names.items() if name in result]
+    rows = [{"measured": text, "value": result[name]} for name, text in names.items() if name in result]
+    if result["engine"] == "native":
+        return [*rows, {"measured": "run by", "value": "EdgeLoRA's kernels"}]
+    return rows
 
 
 def shown_ways(ways: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -122,7 +122,7 @@ def load_bundle(target: str | Path, task: Task, *, threads: int | None, adapter:
     from edgelora.run.model import load
     from edgelora.run.predictor import OnnxPredictor
 
-    model = load(target, threads=threads, adapter=adapter)
+    model = load(target, threads=threads, adapter=adapter, native=False)  # what every runtime computes
     return Target("bundle", task, model.labels, model.bundle.folder, model.bundle.max_length, OnnxPredictor(model))
 
 

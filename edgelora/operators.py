@@ -1,4 +1,7 @@
-"""`edgelora bench --operators`: where a bundle's time goes, by operator, as ONNX Runtime's profiler sees it in a process apart.
+"""`edgelora bench --operators`: where a bundle's time goes, by operator, seen in a process apart.
+
+Decoders that kernels of our own run are timed by those: a clock is read after each operation, when all threads have met.
+Everything else is as ONNX Runtime's profiler sees it.
 
 Its file has an event for each node that ran ("Node", …_kernel_time) and for each run ("Session", model_run), with `ts` and
 `dur` in µs. What a run takes beside its nodes is ONNX Runtime's own. The profiler itself costs about 1 µs for each node.
@@ -11,6 +14,7 @@ import gc
 import json
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -40,9 +44,14 @@ def operators(bundle: str | Path, *, threads: int) -> list[dict[str, Any]]:
 
 def measure(bundle: Path, threads: int) -> dict[str, list[dict[str, Any]]]:
     """The child: load with the profiler on, run as `bench` does, and return {"rows"} of what it wrote."""
+    from edgelora.native.library import NativeDecoder
     from edgelora.run.model import load
     from edgelora.run.session import profiling
 
+    model = load(bundle, threads=threads)
+    if model.task == "text-generation" and isinstance(engine := model.generator.decoder.engine, NativeDecoder):
+        return {"rows": [row for name, ids in native_runs() for row in native_rows(engine, model, name, ids)]}
+    del model
     with tempfile.TemporaryDirectory() as folder:
         with profiling(Path(folder)):
             model = load(bundle, threads=threads)
@@ -52,6 +61,31 @@ def measure(bundle: Path, threads: int) -> dict[str, list[dict[str, Any]]]:
         files = sorted(Path(folder).iterdir())
         sessions = [runs(json.loads(file.read_text(encoding="utf-8"))) for file in files]
         return {"rows": [row for session in sessions for row in table(session)]}
+
+
+def native_runs() -> list[tuple[str, list[int]]]:
+    return [(f"{bench.PROMPT_TOKENS} tokens", list(range(100, 100 + bench.PROMPT_TOKENS))), ("one token", [100])]
+
+
+def native_rows(engine: Any, model: Any, name: str, ids: list[int]) -> list[dict[str, Any]]:
+    """Return rows of a prompt, or of a token after one."""
+    decoder = model.generator.decoder
+    decoder.rewind(0)
+    start = 0 if len(ids) > 1 else bench.PROMPT_TOKENS
+    decoder.prefill(list(range(100, 100 + bench.PROMPT_TOKENS)))  # touches fresh memory
+    seconds = engine.clock()
+    count = 4 if len(ids) > 1 else bench.NEW_TOKENS
+    began = time.perf_counter()
+    for _ in range(count):
+        decoder.rewind(start)
+        decoder.prefill(ids)
+    whole = 1e6 * (time.perf_counter() - began)
+    times: dict[str, float] = defaultdict(float)
+    counts: dict[str, int] = defaultdict(int)
+    for operator, spent in zip(engine.program.names, seconds, strict=True):
+        times[operator] += 1e6 * spent
+        counts[operator] += count
+    return shown(name, times, counts, whole, count)
 
 
 def runs(events: Iterable[Event]) -> Iterator[Run]:
@@ -90,8 +124,12 @@ def rows_of(name: str, found: list[Run]) -> list[dict[str, Any]]:
     for node in (node for run in found for node in run.nodes):
         times[label(node)] += node["dur"]
         counts[label(node)] += 1
+    return shown(name, times, counts, sum(run.us for run in found), len(found))
+
+
+def shown(name: str, times: Mapping[str, float], counts: Mapping[str, int], whole: float, number: int) -> list[dict[str, Any]]:
+    """Return the rows of `number` runs of a kind: each operator's µs, how often it ran, and `whole`, of them all."""
     ordered = sorted(times, key=lambda key: -times[key])
-    whole = sum(run.us for run in found)
     groups = [[key] for key in ordered[:SHOWN]] + ([ordered[SHOWN:]] if ordered[SHOWN:] else [])
     lines = [
         (group[0] if index < SHOWN else "others", sum(counts[key] for key in group), sum(times[key] for key in group))
@@ -102,8 +140,8 @@ def rows_of(name: str, found: list[Run]) -> list[dict[str, Any]]:
         {
             "run": name,
             "operator": operator,
-            "nodes": round(count / len(found)),
-            "ms": round(us / 1000 / len(found), 3),
+            "nodes": round(count / number),
+            "ms": round(us / 1000 / number, 3),
             "percent": round(100 * us / whole, 1),
         }
         for operator, count, us in lines

@@ -17,6 +17,8 @@ from edgelora.hardware import rss_mb
 from tests.test_swap import a_run
 
 SHARED = {
+    "engine",
+    "engine_reason",
     "bundle",
     "task",
     "precision",

@@ -46,7 +46,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "tensor_file",
     ),
     ("tasks",),
-    ("data", "quant", "models", "adapters", "bundle", "scales_delta"),
+    ("data", "quant", "models", "adapters", "bundle", "scales_delta", "native"),
     (
         "planning",
         "kernels",

@@ -61,7 +61,7 @@ def test_the_cache_grows_while_tokens_come(session: DecoderSession, expected: ND
 def test_a_prompt_in_chunks_is_the_same(
     session: DecoderSession, expected: NDArray[np.float32], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoder_module, "CHUNK", 64)
+    monkeypatch.setattr(session.engine, "chunk", 64)
     assert_equal(session.prefill(IDS), expected[-1])
 
 

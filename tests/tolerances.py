@@ -133,3 +133,11 @@ INT8_PRODUCT = {"rtol": 1e-5, "atol": 1e-5}
 # Keys and values, or logits, after prompts in 8 bits, mean difference by mean size: each rounding moves a value by up to 0.4%
 # of its row's largest, which is three times its mean, and a few layers add theirs.
 INT8_CACHE = 0.08
+
+# A product by our kernels against float64 of the same rounded activations, relative to the largest: sums over blocks in fp32,
+# and single activations between two codes that the norm's last bit decides (measured up to 4e-3).
+NATIVE_PRODUCT = 1e-2
+
+# Logits by our kernels against ONNX Runtime's, root of mean square relative to their deviation: rounding to 8 bits turns last
+# bits into steps of 1/127 of a block, as between ONNX Runtime's own runs of one token and of several (measured up to 1e-2).
+NATIVE_LOGITS = 3e-2

@@ -18,10 +18,12 @@ def doctor() -> dict[str, Any]:
     what would slow EdgeLoRA down.
     """
     from edgelora.hardware import physical_cores, probe
+    from edgelora.native.library import reason
 
     with console.progress("measuring"):
         libraries = fp32_rates(physical_cores())
         found = {**probe(max(libraries.values(), default=None)), "fp32_libraries": libraries}
+    found["native"] = reason() is None
     rates = ", ".join(f"{name} {rate:,.0f}" for name, rate in found["gflops"].items())
     products = ", ".join(f"{LIBRARIES[name]} {rate:,.0f}" for name, rate in libraries.items())
     limit = "" if found["memory_limit_mb"] == found["ram_mb"] else f", {console.show_mb(found['memory_limit_mb'])} allowed"
@@ -35,6 +37,7 @@ def doctor() -> dict[str, Any]:
         **({"fp32 through": f"{products} GFLOP/s; training takes the faster"} if len(libraries) > 1 else {}),
         "fast dtypes": ", ".join(found["fast_dtypes"]),
         "reads memory at": f"{found['read_gb_s']:.0f} GB/s",
+        "decoders run by": "EdgeLoRA's kernels" if found["native"] else f"ONNX Runtime (EdgeLoRA's kernels: {reason()})",
         "system": f"{found['system']}, Python {found['python']}",
         "packages": ", ".join(packages),
     }

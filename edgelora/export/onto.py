@@ -234,7 +234,7 @@ def warn_rounded(candidate: Candidate, bundle: Bundle, count: int, total: int) -
 def score(candidate: Candidate, bundle: Bundle, file: Path) -> Results:
     """Return the run's table with the row "onnx": the bundle with the adapter on the run's held-out rows."""
     results = [row for row in candidate.manifest.get("results") or [] if row.get("what") != "onnx"]
-    model = Model(bundle)
+    model = Model(bundle, native=False)
     model.put_on(Adapter(candidate.name, candidate.kind, file))
     held = held_out(candidate.run, candidate.manifest)
     if held is None:

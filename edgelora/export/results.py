@@ -35,7 +35,7 @@ def add_results(work: Work, *, force: bool) -> None:
     held = held_out_of(work)
     if held is None:
         return
-    predictor = OnnxPredictor(load(work.staging))
+    predictor = OnnxPredictor(load(work.staging, native=False))
     # of another vocabulary: logits of fewer tokens than the fp32 adapter's
     reference = None if "vocabulary" in work.manifest else reference_of(work, run, held.task)
     generate = any(held.task.written_metric in row for row in results)

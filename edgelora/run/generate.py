@@ -31,8 +31,10 @@ if TYPE_CHECKING:
 class Generator:
     """A decoder with its tokenizer. The cache outlives an answer: the next prompt computes only what differs."""
 
-    def __init__(self, bundle: Bundle, *, threads: int | None = None, adapter: Adapter | None = None) -> None:
-        self.bundle, self.threads = bundle, threads
+    def __init__(
+        self, bundle: Bundle, *, threads: int | None = None, adapter: Adapter | None = None, native: bool = True
+    ) -> None:
+        self.bundle, self.threads, self.native = bundle, threads, native
         self.tokenizer = Tokenizer.from_folder(bundle.folder)
         self.adapter = adapter
         self.decoder = self._open(adapter)
@@ -54,9 +56,11 @@ class Generator:
         scales = adapter is not None and adapter.kind == "scales"
         factors = {}
         if adapter is not None and not scales:
-            inputs = {value.name: value for value in self.decoder.session.get_overridable_initializers()}
+            assert self.decoder.bound is not None
+            inputs = {value.name: value for value in self.decoder.bound.session.get_overridable_initializers()}
             factors = read_factors(adapter.path, inputs)
-        if self.adapter != adapter and (scales or self.decoder.initializers):
+        with_scales = self.decoder.bound is not None and self.decoder.bound.initializers
+        if self.adapter != adapter and (scales or with_scales):
             self.decoder = self._open(adapter)
         self.adapter = adapter
         self.decoder.set_factors(factors)
@@ -70,6 +74,7 @@ class Generator:
             threads=self.threads,
             initializers=initializers(self.bundle, adapter),
             packed=not self.bundle.manifest.get("adapters"),  # whose A and B are inputs with defaults
+            native=self.native,
             prompts=prompt_graph(self.bundle, self.threads),
         )
 

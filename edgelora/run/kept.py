@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgelora.run.decoder import Cache
+from edgelora.run.bound import Cache
 
 LIMIT_BYTES = 64 << 20  # of all of them; the least recently used go first
 LEAST_KEPT = 32  # tokens: a shorter turn is computed as soon as its copy is looked up

@@ -22,21 +22,26 @@ if TYPE_CHECKING:
 Prompt = str | Sequence[Mapping[str, Any]]  # a text, or chat messages {"role": …, "content": …}
 
 
-def load(bundle: str | Path, *, threads: int | None = None, adapter: str | None = None) -> Model:
-    """Open a bundle, with one of its adapters if named, and its ONNX session on `threads` threads (default: physical cores).
+def load(bundle: str | Path, *, threads: int | None = None, adapter: str | None = None, native: bool = True) -> Model:
+    """Open a bundle, with one of its adapters if named, on `threads` threads (default: physical cores).
 
+    Decoders run by kernels of our own where there are some for their graph and this processor, unless `native` is False;
+    everything else by ONNX Runtime.
     Raises FolderError where it is no bundle or a damaged one, SettingsError where it has no such adapter.
     """
     from edgelora.bundle import open_bundle
-    from edgelora.run.packed import packed_from
+    from edgelora.run.packed import mark_checked, packed_from
 
-    return Model(open_bundle(Path(bundle), known=packed_from), threads=threads, adapter=adapter)
+    model = Model(open_bundle(Path(bundle), known=packed_from), threads=threads, adapter=adapter, native=native)
+    if model.runs_native:
+        mark_checked(model.bundle.model_path)
+    return model
 
 
 class Model:
     """A loaded bundle. `generate` and `stream` for decoders, `classify` for classifiers, `use` for its adapters."""
 
-    def __init__(self, bundle: Bundle, *, threads: int | None = None, adapter: str | None = None) -> None:
+    def __init__(self, bundle: Bundle, *, threads: int | None = None, adapter: str | None = None, native: bool = True) -> None:
         found = None if adapter is None else find(bundle, adapter)
         self.bundle = bundle
         self.task = bundle.task
@@ -47,7 +52,7 @@ class Model:
         if self.task == "text-generation":
             from edgelora.run.generate import Generator
 
-            self._generator = Generator(bundle, threads=threads, adapter=found)
+            self._generator = Generator(bundle, threads=threads, adapter=found, native=native)
         elif self.task in TASKS and get_task(self.task).writes:
             from edgelora.run.seq2seq import Writer
 
@@ -67,6 +72,11 @@ class Model:
         """The name of the adapter that acts, None for the base alone."""
         acting = (self._generator or self.answerer).adapter
         return None if acting is None else acting.name
+
+    @property
+    def runs_native(self) -> bool:
+        """Whether kernels of our own run it, not ONNX Runtime."""
+        return self._generator is not None and self._generator.decoder.bound is None
 
     def use(self, adapter: str | None) -> None:
         """Let the adapter of that name act from now on, or with None the base alone. Answers that are half written go on with

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.metadata
 import json
 import os
 import shutil
@@ -69,7 +70,22 @@ def packed_from(model: Path) -> tuple[Path, ...]:
     weights = weights_of(model)
     if not model.is_file() or not weights.is_file() or weights.stat().st_size < LEAST_BYTES:
         return ()
-    return (model, weights) if (cache_folder() / key(model, weights) / GRAPH).is_file() else ()
+    entry = cache_folder() / key(model, weights)
+    return (model, weights) if (entry / GRAPH).is_file() or checked_mark(entry).is_file() else ()
+
+
+def mark_checked(model: Path) -> None:
+    """Note that a model's files have been compared with their sha256, where nothing is packed: until they change."""
+    weights = weights_of(model)
+    if weights.is_file() and weights.stat().st_size >= LEAST_BYTES and cache_bytes() > 0:
+        with contextlib.suppress(OSError):
+            mark = checked_mark(cache_folder() / key(model, weights))
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+
+
+def checked_mark(entry: Path) -> Path:
+    return entry.with_suffix(".checked")
 
 
 def weights_of(model: Path) -> Path:
@@ -128,12 +144,10 @@ ENTRIES = {
 
 def key(model: Path, weights: Path) -> str:
     """Return the name of a model's entry: its files as they are now, the runtime, and the processor."""
-    import onnxruntime as ort
-
     from edgelora.hardware import instruction_sets, processor_name
 
     files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in (model, weights)]
-    parts = [files, ort.__version__, processor_name(), instruction_sets()]
+    parts = [files, importlib.metadata.version("onnxruntime"), processor_name(), instruction_sets()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:40]
 
 
@@ -142,6 +156,8 @@ def make_room(folder: Path, limit: int) -> None:
     found = []
     for path in folder.iterdir():
         with contextlib.suppress(OSError):
+            if path.suffix == checked_mark(path).suffix:
+                continue
             age, size = time.time() - path.stat().st_mtime, sum(file.stat().st_size for file in path.iterdir())
             if not path.name.startswith("."):
                 found.append((age, size, path))

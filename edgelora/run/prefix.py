@@ -24,7 +24,7 @@ import numpy as np
 from edgelora import console
 from edgelora.errors import FolderError
 from edgelora.folder import inside
-from edgelora.run.decoder import Cache
+from edgelora.run.bound import Cache
 from edgelora.tensor_file import read_array, read_header, write_tensors
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from edgelora import console
 from edgelora.errors import EdgeLoRAError
-from edgelora.run.decoder import Cache
+from edgelora.run.bound import Cache
 from edgelora.run.packed import ABANDONED_SECONDS, cache_bytes
 from edgelora.run.prefix import UNUSABLE, read_prefix, write_prefix
 

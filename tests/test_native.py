@@ -1,0 +1,262 @@
+"""Decoders by kernels of our own: products against numpy, logits against ONNX Runtime, the same bits alone and together."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tolerances
+from numpy.typing import NDArray
+from tiny import save_decoder
+
+import edgelora
+from edgelora.bundle import open_bundle
+from edgelora.errors import FolderError
+from edgelora.export.export import export
+from edgelora.hardware import instruction_sets
+from edgelora.native import library
+from edgelora.native.library import CHUNK, NativeDecoder, open_native
+from edgelora.native.onnx_file import BrokenGraphError, read_graph
+from edgelora.native.operations import EMBED, NORM, PRODUCT, Operation, Program
+from edgelora.native.program import UnknownGraphError, program_of
+from edgelora.run.decoder import DecoderSession
+
+needs_library = pytest.mark.skipif(library.library() is None, reason="no kernels for this processor, or no compiler")
+WIDE = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
+        "max_position_embeddings": 640}  # fmt: skip
+IDS = np.random.default_rng(0).integers(0, 250, 400).tolist()
+FEW = 9  # of decoder.c
+
+
+def test_a_machine_with_a_compiler_and_the_instructions_has_the_library() -> None:
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").exists() else ""
+    able = {"avx512vbmi", "avx512_vnni", "avx512vl"} <= set(flags.split()) and shutil.which("gcc") is not None
+    assert (library.library() is not None) or not able, f"instructions: {instruction_sets()}"
+
+
+def make(folder: Path, family: str = "llama", precision: str = "int4", **shape: object) -> Path:
+    save_decoder(folder / "model", family, **{**WIDE, **shape})
+    export(str(folder / "model"), folder / "bundle", precision=precision)
+    return open_bundle(folder / "bundle").model_path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make(tmp_path_factory.mktemp("native"))
+
+
+def native_of(model: Path, threads: int = 2) -> DecoderSession:
+    session = DecoderSession(model, max_length=640, threads=threads, native=True)
+    assert session.bound is None
+    return session
+
+
+def bound_of(model: Path) -> DecoderSession:
+    return DecoderSession(model, max_length=640, threads=2)
+
+
+def all_logits(session: DecoderSession, ids: list[int]) -> NDArray[np.float32]:
+    step = session.score_limit
+    return np.concatenate([session.score(ids[start : start + step]).copy() for start in range(0, len(ids), step)])
+
+
+@needs_library
+@pytest.mark.parametrize("tokens", [1, 3, FEW, FEW + 1, 40])
+@pytest.mark.parametrize(
+    ("bits", "block", "width", "outputs"), [(4, 32, 192, 48), (8, 16, 128, 33), (2, 64, 1088, 16), (4, 128, 256, 50)]
+)
+def test_a_product_is_that_of_rounded_activations(tokens: int, bits: int, block: int, width: int, outputs: int) -> None:
+    generator = np.random.default_rng(bits)
+    table, table_scales = (
+        generator.integers(0, 256, (outputs, width // 16, 16), np.uint8),
+        np.ones((outputs, width // 16), np.float32),
+    )
+    table_scales *= generator.uniform(0.5, 2, table_scales.shape)
+    codes = generator.integers(0, 1 << bits, (outputs, width), np.uint8)
+    scales = generator.normal(size=(outputs, width // block)).astype(np.float32)
+    weight, bias = generator.normal(size=width).astype(np.float32), generator.normal(size=outputs).astype(np.float32)
+    packed = np.packbits(
+        np.unpackbits(codes[..., None], axis=-1, bitorder="little")[..., :bits].reshape(outputs, -1), axis=-1, bitorder="little"
+    )
+    program = Program(
+        operations=[
+            Operation(kind=EMBED, output=0, k=width, bits=8, block=16,
+                      codes=table.ctypes.data, scales=table_scales.ctypes.data),
+            Operation(kind=NORM, input=0, skip=-1, output=1, k=width, number=1e-5, weight=weight.ctypes.data),
+            Operation(kind=PRODUCT, input=1, output=-1, n=outputs, k=width, bits=bits, block=block,
+                      codes=packed.ctypes.data, scales=scales.ctypes.data, weight=bias.ctypes.data),
+        ],
+        names=["", "", ""], widths=[width, width], blocks=[0, block], rows=outputs, vocab_size=outputs, positions=64,
+        cache_shapes={"past_key_values.0.key": (1, 16)}, kept=[table, table_scales, packed, scales, weight, bias],
+    )  # fmt: skip
+    native = NativeDecoder(program, 2)
+    native.set_cache({"past_key_values.0.key": np.zeros((1, 1, 64, 16), np.float32)})
+    ids = generator.integers(0, outputs, tokens)
+    found = native.run(ids.tolist(), 0, tokens)
+
+    rows = (table[ids].astype(np.float64) - 128).reshape(tokens, width) * np.repeat(table_scales[ids], 16, axis=1)
+    normed = (rows / np.sqrt((rows**2).mean(-1, keepdims=True) + 1e-5) * weight).reshape(tokens, -1, block)
+    largest = np.abs(normed).max(-1, keepdims=True)
+    rounded = (np.rint(normed * 127 / largest) * largest / 127).reshape(tokens, width)
+    exact = rounded @ ((codes.astype(np.float64) - (1 << bits - 1)) * np.repeat(scales, block, axis=1)).T + bias
+    # A number on the edge between two codes may go the other way in fp32: one step of one block.
+    np.testing.assert_allclose(found, exact, rtol=0, atol=np.abs(exact).max() * tolerances.NATIVE_PRODUCT)
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("family", "precision", "shape"),
+    [
+        ("llama", "int4", {}),
+        ("llama", "int8", {"tie_word_embeddings": True}),
+        ("llama", "int2", {}),
+        ("llama", "int4", {"hidden_size": 192, "head_dim": 64, "num_attention_heads": 3, "num_key_value_heads": 1}),
+        ("llama3", "int4", {}),
+        ("qwen2", "int4", {"num_key_value_heads": 4}),
+        ("mistral", "int4", {"sliding_window": None}),
+    ],
+)
+def test_the_logits_of_onnx_runtime(family: str, precision: str, shape: dict[str, object], tmp_path: Path) -> None:
+    path = make(tmp_path, family, precision, **shape)
+    native, bound = native_of(path), bound_of(path)
+    assert (native.vocab_size, native.cache_shapes) == (bound.vocab_size, bound.cache_shapes)
+    wanted, found = all_logits(bound, IDS[:90]), all_logits(native, IDS[:90])
+    limit = tolerances.NATIVE_LOGITS * wanted.std()
+    assert np.sqrt(np.mean((found - wanted) ** 2)) < limit
+    native.rewind(0)
+    steps = np.stack([native.step(token).copy() for token in IDS[:90]])
+    assert np.sqrt(np.mean((steps - wanted) ** 2)) < limit
+    for name, array in bound.cache.items():
+        difference = native.cache[name][:, :, :90] - array[:, :, :90]
+        assert np.sqrt(np.mean(difference**2)) < tolerances.NATIVE_LOGITS * array[:, :, :90].std()
+
+
+@needs_library
+def test_a_long_prompt_in_chunks_and_a_cache_that_grows(model: Path) -> None:
+    native, bound = native_of(model), bound_of(model)
+    assert len(IDS) > CHUNK
+    wanted, found = bound.prefill(IDS).copy(), native.prefill(IDS).copy()
+    assert np.sqrt(np.mean((found - wanted) ** 2)) < tolerances.NATIVE_LOGITS * wanted.std()
+    assert native.capacity == 512
+    steps = [(native.step(token).copy(), bound.step(token).copy()) for token in IDS[:150]]
+    assert native.capacity == 640
+    assert np.sqrt(np.mean([(a - b) ** 2 for a, b in steps])) < tolerances.NATIVE_LOGITS * wanted.std()
+
+
+@needs_library
+@pytest.mark.parametrize("together", [2, 5, FEW])
+def test_tokens_checked_together_have_the_bits_of_each_alone(model: Path, together: int) -> None:
+    native = native_of(model)
+    native.prefill(IDS[:30])
+    alone = np.stack([native.step(token).copy() for token in IDS[30 : 30 + together]])
+    native.rewind(30)
+    np.testing.assert_array_equal(native.score(IDS[30 : 30 + together]), alone)
+
+
+@needs_library
+def test_threads_change_no_bit(model: Path) -> None:
+    first, *others = (all_logits(native_of(model, threads), IDS[:50]) for threads in (1, 2, 3))
+    for other in others:
+        np.testing.assert_array_equal(other, first)
+
+
+@needs_library
+def test_what_is_saved_and_rewound_is_as_computed_anew(model: Path) -> None:
+    native = native_of(model)
+    after = native.prefill(IDS[:40]).copy()
+    native.rewind(20)
+    saved = native.saved()
+    native.rewind(0)
+    native.prefill(IDS[100:140])
+    native.restore(saved, 20)
+    np.testing.assert_allclose(native.prefill(IDS[20:40]), after, atol=tolerances.NATIVE_LOGITS * after.std(), rtol=0)
+
+
+@needs_library
+def test_ids_that_the_model_does_not_have_are_refused(model: Path) -> None:
+    with pytest.raises(ValueError, match="token ids go from 3 to 288; the model has 288"):
+        native_of(model).prefill([3, 288])
+
+
+@needs_library
+@pytest.mark.parametrize("family", ["gemma2", "gpt2", "qwen3", "granite", "smollm3"])
+def test_what_is_not_known_is_onnx_runtimes(family: str, tmp_path: Path) -> None:
+    shape = {} if family == "gpt2" else WIDE
+    save_decoder(tmp_path / "model", family, **shape)
+    export(str(tmp_path / "model"), tmp_path / "bundle", precision="int4")
+    path = open_bundle(tmp_path / "bundle").model_path
+    with pytest.raises(UnknownGraphError):
+        program_of(read_graph(path))
+    assert DecoderSession(path, max_length=64, threads=1, native=True).bound is not None
+
+
+def test_rows_that_fill_no_register_are_onnx_runtimes(decoder_model: Path, tmp_path: Path) -> None:
+    export(str(decoder_model), tmp_path / "bundle", precision="int4")
+    with pytest.raises(UnknownGraphError, match="32 inputs"):
+        program_of(read_graph(open_bundle(tmp_path / "bundle").model_path))
+
+
+def test_every_cut_of_a_graph_is_noticed(model: Path, tmp_path: Path) -> None:
+    content = model.read_bytes()
+    shutil.copy(model.with_name(f"{model.name}_data"), tmp_path)
+    damaged = tmp_path / model.name
+    for length in range(1, len(content), max(1, len(content) // 199)):
+        damaged.write_bytes(content[:length])
+        with pytest.raises((BrokenGraphError, UnknownGraphError)):
+            program_of(read_graph(damaged))
+    damaged.write_bytes(content)
+    weights = tmp_path / f"{model.name}_data"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(BrokenGraphError, match="too short"):
+        read_graph(damaged)
+    assert open_native(damaged, threads=1) is None
+    with pytest.raises(FolderError):  # ONNX Runtime's words
+        DecoderSession(damaged, max_length=64, native=True)
+
+
+def test_changed_bytes_of_a_graph_end_in_a_message_or_a_program(model: Path, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    shutil.copy(model.with_name(f"{model.name}_data"), tmp_path)
+    damaged, content = tmp_path / model.name, model.read_bytes()
+    for _ in range(300):
+        changed = bytearray(content)
+        changed[int(generator.integers(len(content)))] = int(generator.integers(256))
+        damaged.write_bytes(changed)
+        with contextlib.suppress(BrokenGraphError, UnknownGraphError):
+            assert program_of(read_graph(damaged)).operations
+
+
+@needs_library
+def test_the_switch_and_what_runs_after_it(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(library.SWITCH, "0")
+    assert library.reason() == "EDGELORA_NATIVE is 0"
+    assert DecoderSession(model, max_length=64, native=True).bound is not None
+
+
+@needs_library
+def test_answers_are_those_of_onnx_runtime(model: Path) -> None:
+    bundle = model.parents[1]
+    ours = edgelora.load(bundle)
+    assert ours.generator.decoder.bound is None
+    from edgelora.run.model import load
+
+    theirs = load(bundle, native=False)
+    assert theirs.generator.decoder.bound is not None
+    for prompt in ("turn it off", "what is the capital"):
+        assert ours.answer(prompt, max_new_tokens=4).tokens[:1] == theirs.answer(prompt, max_new_tokens=4).tokens[:1]
+
+
+@needs_library
+def test_onnx_runtime_is_not_even_imported(model: Path) -> None:
+    code = (
+        "import sys, edgelora; m = edgelora.load(sys.argv[1]); m.generate('dim the light', max_new_tokens=3);"
+        "print(sorted({'onnxruntime', 'torch'} & sys.modules.keys()))"
+    )
+    import sys
+
+    done = subprocess.run([sys.executable, "-c", code, str(model.parents[1])], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
