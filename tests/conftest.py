@@ -28,10 +28,11 @@ def base_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def _fp32_products() -> None:
-    """Training takes bf16 operands only where a test asks for them: what is proved equal must not depend on the machine."""
+    """Training takes oneDNN and bf16 operands only where a test asks for them: what is proved equal must not depend on what the
+    machine is fast at, nor on what else it does while that is measured."""
     from edgelora.models import gemm
 
-    gemm.BF16_PREFERRED_BY = float("inf")
+    gemm.PREFERRED_BY = gemm.BF16_PREFERRED_BY = float("inf")
 
 
 @pytest.fixture(scope="session")

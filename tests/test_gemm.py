@@ -40,7 +40,8 @@ def bf16() -> Iterator[None]:
 def test_the_fastest_library_is_taken_and_bf16_only_where_it_wins(
     monkeypatch: pytest.MonkeyPatch, rates: dict[str, float], compute: str | None, wanted: str
 ) -> None:
-    monkeypatch.setattr(gemm, "BF16_PREFERRED_BY", 1.3)  # conftest.py keeps tests from bf16
+    monkeypatch.setattr(gemm, "PREFERRED_BY", 1.1)  # conftest.py keeps tests from both
+    monkeypatch.setattr(gemm, "BF16_PREFERRED_BY", 1.3)
     assert gemm.preferred(rates, compute) == wanted
 
 

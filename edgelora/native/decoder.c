@@ -18,6 +18,8 @@
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,fma,tune=generic")))
 
+typedef uint16_t Half; /* fp16: what the cache holds, half the memory to read for each token */
+
 #include "products.h"
 #include "layers.h"
 
@@ -30,6 +32,7 @@ typedef struct { /* mirrored in program.py: keep the order */
     int32_t kind, input, skip, output, sum; /* buffers; skip and sum are -1 where there is none */
     int32_t n, k, bits, block;              /* of a product or of the embedding; width k of a norm or a gate */
     int32_t heads, kv_heads, dim, layer;    /* of attention */
+    int32_t next;                           /* operations to the next product, 0 after the last */
     float number;                           /* epsilon of a norm, scale of attention's scores */
     const uint8_t *codes;
     const float *scales, *weight; /* scales, or cosines [positions, dim / 2]; bias, norm's weight, or sines */
@@ -55,7 +58,7 @@ typedef struct {
     /* of the call */
     const int64_t *ids;
     int tokens, past, kept, capacity, rows;
-    float **cache; /* key, value of each layer, [kv_heads, capacity, dim] */
+    Half **cache; /* key, value of each layer, [kv_heads, capacity, dim] */
     float *logits;
     double *seconds; /* what each operation took, added up; NULL: not wanted */
 } Decoder;
@@ -124,6 +127,17 @@ static void norm(Decoder *d, const Operation *o, int thread) {
     }
 }
 
+/* Ask memory for the beginning of a thread's share of a later product, while others finish this one. */
+static void ask_ahead(const Operation *o, int thread, int threads) {
+    int first, stop;
+    if (o->kind != PRODUCT) return;
+    share(o->n, GROUP, thread, threads, &first, &stop);
+    const char *codes = (const char *)o->codes + (size_t)first * (size_t)o->k * o->bits / 8;
+    const char *scales = (const char *)(o->scales + (size_t)first * (o->k / o->block));
+    for (int i = 0; i < AHEAD; i += 64) _mm_prefetch(codes + i, _MM_HINT_T1);
+    for (int i = 0; i < AHEAD / 4; i += 64) _mm_prefetch(scales + i, _MM_HINT_T1);
+}
+
 static void product(Decoder *d, const Operation *o, int thread) {
     const Rounded *x = &d->buffer[o->input].rounded;
     Weights w = {o->n, o->k, o->bits, o->block, o->k / o->block, o->codes, o->scales, o->weight};
@@ -132,6 +146,7 @@ static void product(Decoder *d, const Operation *o, int thread) {
     share(o->n, many ? 2 * LANES : GROUP, thread, d->threads, &first, &stop);
     if (many) product_many(&w, x, d->rows, first, stop, d->scratch[thread], out);
     else product_few(&w, x, d->rows, first, stop, d->scratch[thread], out);
+    if (!many) ask_ahead(o + o->next, thread, d->threads);
     if (o->weight)
         for (int t = 0; t < d->rows; t++)
             for (int i = first; i < stop; i++) out[(size_t)t * o->n + i] += o->weight[i];
@@ -150,8 +165,8 @@ static void positions(Decoder *d, const Operation *o, int thread) {
         if (head < o->heads) memcpy(x, turned, sizeof turned);
         else {
             int kv = head - o->heads - (of_values ? o->kv_heads : 0);
-            float *cache = d->cache[2 * o->layer + of_values] + ((size_t)kv * d->capacity + position) * o->dim;
-            memcpy(cache, of_values ? x : turned, (size_t)o->dim * sizeof *x);
+            store_halves(of_values ? x : turned, o->dim,
+                         d->cache[2 * o->layer + of_values] + ((size_t)kv * d->capacity + position) * o->dim);
         }
     }
 }
@@ -177,11 +192,12 @@ static void attend_many(Decoder *d, const Operation *o, int thread) {
     Buffer *in = &d->buffer[o->input], *out = &d->buffer[o->output];
     int width = (o->heads + 2 * o->kv_heads) * o->dim, group = o->heads / o->kv_heads;
     int count = d->past + d->tokens, stride = (count + STRIP - 1) / STRIP * STRIP, tiles = (d->tokens + QUERIES - 1) / QUERIES;
-    float *columns = (float *)d->scratch[thread], *scores = columns + (size_t)o->dim * stride;
+    float *columns = (float *)d->scratch[thread], *values = columns + (size_t)o->dim * stride;
+    float *scores = values + (size_t)o->dim * stride;
     for (int kv = 0; kv < o->kv_heads; kv++) {
-        const float *keys = d->cache[2 * o->layer] + (size_t)kv * d->capacity * o->dim;
-        const float *values = d->cache[2 * o->layer + 1] + (size_t)kv * d->capacity * o->dim;
-        turn_keys(keys, count, o->dim, stride, columns);
+        size_t at = (size_t)kv * d->capacity * o->dim;
+        turn_keys(d->cache[2 * o->layer] + at, count, o->dim, stride, columns);
+        widen(d->cache[2 * o->layer + 1] + at, (size_t)count * o->dim, values);
         for (int unit = thread; unit < tiles * group; unit += d->threads) { /* in turn: later tokens see more */
             int token = unit / group * QUERIES, head = kv * group + unit % group;
             const float *queries[QUERIES];

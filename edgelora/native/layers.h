@@ -51,13 +51,26 @@ static TARGET float weigh(float *scores, int count, float scale) {
     return _mm512_reduce_add_ps(total);
 }
 
-/* Attention of one head of one token over `count` positions; keys and values [count, dim], scores is room for `count`. */
-static TARGET void attend(const float *query, const float *keys, const float *values, int count, int dim, float scale,
+static TARGET inline __m512 load_half(const Half *x) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)x)); }
+
+/* Keep `count` numbers, a multiple of 16, in the cache. */
+static TARGET void store_halves(const float *x, int count, Half *out) {
+    for (int i = 0; i < count; i += LANES)
+        _mm256_storeu_si256((__m256i *)(out + i), _mm512_cvtps_ph(_mm512_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT));
+}
+
+/* Attention of one head of one token over `count` positions; keys and values [count, dim], scores is room for `count`.
+ * What will be read next is asked for while there is work to do. */
+static TARGET void attend(const float *query, const Half *keys, const Half *values, int count, int dim, float scale,
                           float *scores, float *out) {
     for (int p = 0; p < count; p++) {
-        const float *key = keys + (size_t)p * dim;
+        const Half *key = keys + (size_t)p * dim;
         __m512 sum = _mm512_setzero_ps();
-        for (int i = 0; i < dim; i += LANES) sum = _mm512_fmadd_ps(_mm512_loadu_ps(query + i), _mm512_loadu_ps(key + i), sum);
+        for (int i = 0; i < dim; i += LANES) sum = _mm512_fmadd_ps(_mm512_loadu_ps(query + i), load_half(key + i), sum);
+        for (int i = 0; i < dim; i += 2 * LANES) {
+            _mm_prefetch((const char *)(key + i + 16 * dim), _MM_HINT_T1);
+            _mm_prefetch((const char *)(values + (size_t)p * dim + i), _MM_HINT_T1);
+        }
         scores[p] = _mm512_reduce_add_ps(sum);
     }
     __m512 inverse = _mm512_set1_ps(1.0f / weigh(scores, count, scale));
@@ -66,20 +79,32 @@ static TARGET void attend(const float *query, const float *keys, const float *va
         int some = dim - first < 4 * LANES ? (dim - first) / LANES : 4;
         for (int i = 0; i < 4; i++) sum[i] = _mm512_setzero_ps();
         for (int p = 0; p < count; p++) {
-            const float *value = values + (size_t)p * dim + first;
+            const Half *value = values + (size_t)p * dim + first;
             __m512 weight = _mm512_set1_ps(scores[p]);
 #pragma GCC unroll 4
             for (int i = 0; i < 4; i++)
-                if (i < some) sum[i] = _mm512_fmadd_ps(weight, _mm512_loadu_ps(value + i * LANES), sum[i]);
+                if (i < some) sum[i] = _mm512_fmadd_ps(weight, load_half(value + i * LANES), sum[i]);
         }
         for (int i = 0; i < some; i++) _mm512_storeu_ps(out + first + i * LANES, _mm512_mul_ps(sum[i], inverse));
     }
 }
 
-/* Lay keys [count, dim] as columns: [dim, stride]. */
-static TARGET void turn_keys(const float *keys, int count, int dim, int stride, float *out) {
-    for (int p = 0; p < count; p++)
-        for (int i = 0; i < dim; i++) out[(size_t)i * stride + p] = keys[(size_t)p * dim + i];
+/* Lay keys [count, dim] as columns: [dim, stride]. What is past the last is of no use. */
+static TARGET void turn_keys(const Half *keys, int count, int dim, int stride, float *out) {
+    for (int p = 0; p < count; p += LANES)
+        for (int i = 0; i < dim; i += LANES) {
+            __m512i x[LANES];
+            for (int r = 0; r < LANES; r++) {
+                int at = p + r < count ? p + r : count - 1;
+                x[r] = _mm512_castps_si512(load_half(keys + (size_t)at * dim + i));
+            }
+            transpose(x);
+            for (int r = 0; r < LANES; r++) _mm512_storeu_si512(out + (size_t)(i + r) * stride + p, x[r]);
+        }
+}
+
+static TARGET void widen(const Half *x, size_t count, float *out) {
+    for (size_t i = 0; i < count; i += LANES) _mm512_storeu_ps(out + i, load_half(x + i));
 }
 
 /* Scores of QUERIES tokens with all of `count` keys, which lie in columns; scores [QUERIES, stride]. */

@@ -32,7 +32,7 @@ static size_t lay_out(Decoder *d, uint8_t *base, int positions) {
         const Operation *o = &d->operations[i];
         size_t bytes = 0;
         if (o->kind == PRODUCT) bytes = 2 * LANES * ((size_t)o->k + (size_t)(o->k / o->block) * sizeof(float));
-        if (o->kind == ATTEND) bytes = reach * (size_t)(o->dim + QUERIES) * sizeof(float);
+        if (o->kind == ATTEND) bytes = reach * (size_t)(2 * o->dim + QUERIES) * sizeof(float);
         scratch = bytes > scratch ? bytes : scratch;
     }
     for (int i = 0; i < d->threads; i++) d->scratch[i] = take(base, &used, scratch);
@@ -58,6 +58,10 @@ EXPORT Decoder *edgelora_open(const Operation *operations, int count, const int3
     int good = d->operations && d->buffer && d->scratch;
     if (good) {
         memcpy(d->operations, operations, (size_t)count * sizeof *operations);
+        for (int i = count - 1, next = 0; i >= 0; i--) {
+            d->operations[i].next = next ? next - i : 0;
+            if (operations[i].kind == PRODUCT) next = i;
+        }
         for (int i = 0; i < buffers; i++) d->buffer[i].width = widths[i], d->buffer[i].block = blocks[i];
         d->memory = calloc(lay_out(d, NULL, positions) + 64, 1);
     }
@@ -70,9 +74,9 @@ EXPORT Decoder *edgelora_open(const Operation *operations, int count, const int3
 /* Add what each operation takes from now on to `seconds` [operations]; NULL: no longer. */
 EXPORT void edgelora_clock(Decoder *d, double *seconds) { d->seconds = seconds; }
 
-/* Run `tokens` ids after `past` positions. `cache` has key and value of each layer, [kv_heads, capacity, dim], written in place;
+/* Run `tokens` ids after `past` positions. `cache` has key and value of each layer, fp16 [kv_heads, capacity, dim], written here;
  * logits [kept, vocabulary] are those of the last `kept` tokens. */
-EXPORT void edgelora_run(Decoder *d, const int64_t *ids, int tokens, int past, int kept, int capacity, float **cache,
+EXPORT void edgelora_run(Decoder *d, const int64_t *ids, int tokens, int past, int kept, int capacity, Half **cache,
                          float *logits) {
     d->ids = ids, d->tokens = d->rows = tokens, d->past = past, d->kept = kept, d->capacity = capacity;
     d->cache = cache, d->logits = logits;

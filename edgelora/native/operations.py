@@ -17,7 +17,7 @@ class Operation(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_int32) for name in (
-            "kind", "input", "skip", "output", "sum", "n", "k", "bits", "block", "heads", "kv_heads", "dim", "layer",
+            "kind", "input", "skip", "output", "sum", "n", "k", "bits", "block", "heads", "kv_heads", "dim", "layer", "next",
         )),
         ("number", ctypes.c_float),
         *((name, ctypes.c_void_p) for name in ("codes", "scales", "weight")),

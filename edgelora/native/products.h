@@ -26,7 +26,7 @@ typedef struct {
 #define TILE 6    /* tokens whose sums `panel` holds in registers, for two panels of 16 outputs */
 #define LANES 16  /* fp32 numbers of a register */
 #ifndef AHEAD
-#define AHEAD 4096
+#define AHEAD 4096 /* bytes of codes that are asked for before they are used */
 #endif
 #define GROUP 4   /* rows of weights that `dot_rows` reads side by side */
 
@@ -79,7 +79,9 @@ static TARGET inline __attribute__((always_inline)) void dot_rows(
         __m512 less = _mm512_mul_ps(_mm512_loadu_ps(x_sum + first), minus);
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++) {
-            __m512 ws = _mm512_maskz_loadu_ps(some, scales + (size_t)r * w->blocks + first);
+            const float *from = scales + (size_t)r * w->blocks + first;
+            _mm_prefetch((const char *)from + AHEAD / 4, _MM_HINT_T1);
+            __m512 ws = _mm512_maskz_loadu_ps(some, from);
             sum[r] = _mm512_fmadd_ps(ws, less, sum[r]);
             scale[r] = _mm512_mul_ps(ws, xs);
         }

@@ -25,13 +25,14 @@ if TYPE_CHECKING:
 
 SELECTOR = "num_logits_to_keep"
 CHUNK = 512  # positions computed at once: bounds the activations of a long prompt
-Cache = dict[str, NDArray[np.float32]]
+Cache = dict[str, NDArray[Any]]  # keys and values [1, kv_heads, positions, head_dim] by the graph's input; fp32 where kept
 
 
 class BoundDecoder:
     """Runs tokens; `run` returns logits that the next call overwrites."""
 
     chunk = CHUNK
+    cache_type = np.float32
 
     def __init__(
         self, model: Path, *, threads: int | None, initializers: Mapping[str, ort.OrtValue] | None = None, packed: bool = False

@@ -116,7 +116,7 @@ class DecoderSession:
 
     def saved(self) -> Cache:
         """Return a copy of the keys and values so far, `[1, kv_heads, length, head_dim]` by input name."""
-        return {name: array[:, :, : self.length].copy() for name, array in self.cache.items()}
+        return {name: array[:, :, : self.length].astype(np.float32) for name, array in self.cache.items()}
 
     def restore(self, cache: Mapping[str, NDArray[np.float32]], length: int) -> None:
         """Let the first `length` positions of what `saved` returned be all that is cached."""
@@ -141,7 +141,7 @@ class DecoderSession:
         self.capacity = min(capacity, self.max_length)
         for name, (heads, dim) in self.cache_shapes.items():
             # Pages that are not written yet cost no memory; buffers are replaced one at a time.
-            grown = np.empty((1, heads, self.capacity, dim), np.float32)
+            grown = np.empty((1, heads, self.capacity, dim), self.engine.cache_type)
             if name in self.cache:
                 grown[:, :, : self.length] = self.cache[name][:, :, : self.length]
             self.cache[name] = grown

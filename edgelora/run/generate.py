@@ -12,10 +12,12 @@ from numpy.typing import NDArray
 
 from edgelora.config import GenerateConfig
 from edgelora.errors import UserError
+from edgelora.memory import trim
 from edgelora.run.adapters import Adapter, initializers, read_factors
 from edgelora.run.decoder import DecoderSession
 from edgelora.run.drafts import Drafts
 from edgelora.run.kept import LEAST_KEPT, Kept
+from edgelora.run.later import Later
 from edgelora.run.prefill import shipped as prompt_graph
 from edgelora.run.prefix import LEAST, shipped
 from edgelora.run.sampling import Sampler
@@ -32,12 +34,21 @@ class Generator:
     """A decoder with its tokenizer. The cache outlives an answer: the next prompt computes only what differs."""
 
     def __init__(
-        self, bundle: Bundle, *, threads: int | None = None, adapter: Adapter | None = None, native: bool = True
+        self,
+        bundle: Bundle,
+        *,
+        threads: int | None = None,
+        adapter: Adapter | None = None,
+        native: bool = True,
+        tokenizer: Later[Tokenizer] | None = None,
     ) -> None:
+        """Open a bundle; `tokenizer` is its own, where somebody has begun to read it. `native`: see DecoderSession."""
         self.bundle, self.threads, self.native = bundle, threads, native
-        self.tokenizer = Tokenizer.from_folder(bundle.folder)
+        reading = tokenizer or Later(lambda: Tokenizer.from_folder(bundle.folder))
         self.adapter = adapter
         self.decoder = self._open(adapter)
+        self.tokenizer = reading.result()
+        trim()  # a vocabulary is read through ten times its memory
         self.prefix = shipped(bundle)
         self.kept = Kept()
         self.store = find_store(bundle)

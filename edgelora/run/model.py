@@ -50,9 +50,13 @@ class Model:
         self._classifier: Classifier | None = None
         self._writer: Writer | None = None
         if self.task == "text-generation":
+            from edgelora.run.later import Later
+            from edgelora.tokenizer import Tokenizer
+
+            reading = Later(lambda: Tokenizer.from_folder(bundle.folder))  # which takes as long as what follows
             from edgelora.run.generate import Generator
 
-            self._generator = Generator(bundle, threads=threads, adapter=found, native=native)
+            self._generator = Generator(bundle, threads=threads, adapter=found, native=native, tokenizer=reading)
         elif self.task in TASKS and get_task(self.task).writes:
             from edgelora.run.seq2seq import Writer
 

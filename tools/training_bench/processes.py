@@ -51,7 +51,9 @@ class Measured:
 def child_environment(extra: dict[str, str] | None = None) -> dict[str, str]:
     """Return the environment in which a child finds edgelora and this package, wherever it was started."""
     path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tools"), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path, **(extra or {})}
+    # Modules of a clone are kept compiled, as pip keeps those that it installs: else each process would compile them anew.
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return {**kept, "PYTHONPATH": path, **(extra or {})}
 
 
 def python(*arguments: str) -> list[str]:
