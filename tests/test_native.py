@@ -18,11 +18,12 @@ from edgelora.bundle import open_bundle
 from edgelora.errors import FolderError
 from edgelora.export.export import export
 from edgelora.hardware import instruction_sets
-from edgelora.native import library
+from edgelora.native import library, packing
 from edgelora.native.library import CHUNK, NativeDecoder, open_native
 from edgelora.native.onnx_file import BrokenGraphError, read_graph
 from edgelora.native.operations import EMBED, NORM, PRODUCT, Operation, Program
 from edgelora.native.program import UnknownGraphError, program_of
+from edgelora.run import packed as run_packed
 from edgelora.run.decoder import DecoderSession
 
 needs_library = pytest.mark.skipif(library.library() is None, reason="no kernels for this processor, or no compiler")
@@ -64,10 +65,16 @@ def all_logits(session: DecoderSession, ids: list[int]) -> NDArray[np.float32]:
     return np.concatenate([session.score(ids[start : start + step]).copy() for start in range(0, len(ids), step)])
 
 
+def bf16(numbers: NDArray[np.float64]) -> NDArray[np.float32]:
+    """Cut numbers off to what bf16 can hold, as every grid's scales are."""
+    return (numbers.astype(np.float32).view(np.uint32) & 0xFFFF0000).view(np.float32)
+
+
 @needs_library
-@pytest.mark.parametrize("tokens", [1, 3, FEW, FEW + 1, 40])
+@pytest.mark.parametrize("tokens", [1, 2, FEW, FEW + 5, 45])
 @pytest.mark.parametrize(
-    ("bits", "block", "width", "outputs"), [(4, 32, 192, 48), (8, 16, 128, 33), (2, 64, 1088, 16), (4, 128, 256, 50)]
+    ("bits", "block", "width", "outputs"),
+    [(4, 32, 192, 48), (4, 32, 96, 16), (8, 16, 128, 33), (8, 32, 64, 17), (2, 64, 1088, 16), (4, 128, 256, 50)],
 )
 def test_a_product_is_that_of_rounded_activations(tokens: int, bits: int, block: int, width: int, outputs: int) -> None:
     generator = np.random.default_rng(bits)
@@ -77,7 +84,7 @@ def test_a_product_is_that_of_rounded_activations(tokens: int, bits: int, block:
     )
     table_scales *= generator.uniform(0.5, 2, table_scales.shape)
     codes = generator.integers(0, 1 << bits, (outputs, width), np.uint8)
-    scales = generator.normal(size=(outputs, width // block)).astype(np.float32)
+    scales = bf16(generator.normal(size=(outputs, width // block)))
     weight, bias = generator.normal(size=width).astype(np.float32), generator.normal(size=outputs).astype(np.float32)
     packed = np.packbits(
         np.unpackbits(codes[..., None], axis=-1, bitorder="little")[..., :bits].reshape(outputs, -1), axis=-1, bitorder="little"
@@ -194,10 +201,58 @@ def test_what_is_not_known_is_onnx_runtimes(family: str, tmp_path: Path) -> None
     assert DecoderSession(path, max_length=64, threads=1, native=True).bound is not None
 
 
-def test_rows_that_fill_no_register_are_onnx_runtimes(decoder_model: Path, tmp_path: Path) -> None:
-    export(str(decoder_model), tmp_path / "bundle", precision="int4")
-    with pytest.raises(UnknownGraphError, match="32 inputs"):
-        program_of(read_graph(open_bundle(tmp_path / "bundle").model_path))
+def test_float_weights_are_onnx_runtimes(decoder_bundle: Path) -> None:
+    with pytest.raises(UnknownGraphError):
+        program_of(read_graph(open_bundle(decoder_bundle).model_path))
+
+
+@needs_library
+def test_packed_weights_are_kept_and_mapped(model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("EDGELORA_PACKED_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(run_packed, "LEAST_BYTES", 1)
+    first = all_logits(native_of(model), IDS[:20])
+    (kept,) = (tmp_path / "cache").iterdir()
+    session = native_of(model)
+    assert isinstance(session.engine.program.kept[-1], np.memmap)
+    np.testing.assert_array_equal(all_logits(session, IDS[:20]), first)
+    assert kept.stat().st_size == session.engine.program.kept[-1].size
+    kept.write_bytes(kept.read_bytes()[:-1])  # of another size: packed anew
+    np.testing.assert_array_equal(all_logits(native_of(model), IDS[:20]), first)
+    assert kept.stat().st_size == session.engine.program.kept[-1].size
+    monkeypatch.setenv("EDGELORA_PACKED_CACHE_GB", "0")
+    kept.unlink()
+    np.testing.assert_array_equal(all_logits(native_of(model), IDS[:20]), first)
+    assert not list((tmp_path / "cache").iterdir())
+
+
+@needs_library
+def test_where_nothing_can_be_written_the_weights_are_in_memory(
+    model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    first = all_logits(native_of(model), IDS[:20])
+    monkeypatch.setenv("EDGELORA_PACKED_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(run_packed, "LEAST_BYTES", 1)
+
+    def full(path: Path, content: NDArray[np.uint8]) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(packing, "write", full)
+    np.testing.assert_array_equal(all_logits(native_of(model), IDS[:20]), first)
+
+
+@needs_library
+def test_scales_that_are_not_bf16_are_onnx_runtimes(model: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(model.parent, tmp_path / "onnx") / model.name
+    scales = next(tensor for name, tensor in read_graph(model).tensors.items() if name.endswith("down_proj.scales"))
+    changed = 0
+    for file in copy.parent.iterdir():  # small weights are in the graph itself
+        content = bytearray(file.read_bytes())
+        if (place := content.find(scales.tobytes())) >= 0:
+            content[place] |= 1
+            file.write_bytes(content)
+            changed += 1
+    assert changed == 1
+    assert DecoderSession(copy, max_length=64, native=True).bound is not None
 
 
 def test_every_cut_of_a_graph_is_noticed(model: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@
 #include <string.h>
 #include <time.h>
 
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,fma,tune=generic")))
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,fma,tune=generic")))
 
 typedef uint16_t Half; /* fp16: what the cache holds, half the memory to read for each token */
 
@@ -25,8 +25,8 @@ typedef uint16_t Half; /* fp16: what the cache holds, half the memory to read fo
 
 enum { EMBED, NORM, PRODUCT, ROTATE, ATTEND, GATE, SELECT, ROUND };
 
-#define FEW 9           /* tokens that are computed with the same bits as one alone: as many as a draft and one */
-#define SPINS 20000     /* looks at a flag before a thread gives its processor away, or sleeps until the next call */
+#define FEW 9        /* tokens whose attention is that of each alone, bit for bit: as many as a draft and one */
+#define SPINS 20000  /* looks at a flag before a thread gives its processor away, or sleeps until the next call */
 
 typedef struct { /* mirrored in program.py: keep the order */
     int32_t kind, input, skip, output, sum; /* buffers; skip and sum are -1 where there is none */
@@ -34,7 +34,7 @@ typedef struct { /* mirrored in program.py: keep the order */
     int32_t heads, kv_heads, dim, layer;    /* of attention */
     int32_t next;                           /* operations to the next product, 0 after the last */
     float number;                           /* epsilon of a norm, scale of attention's scores */
-    const uint8_t *codes;
+    const uint8_t *codes;                   /* of the embedding as in the file; of a product packed */
     const float *scales, *weight; /* scales, or cosines [positions, dim / 2]; bias, norm's weight, or sines */
 } Operation;
 
@@ -89,20 +89,26 @@ static void share(int units, int step, int thread, int threads, int *first, int 
 static void round_part(Buffer *b, int token, int first, int stop) {
     Rounded *r = &b->rounded;
     for (int i = first; i < stop; i += b->block) {
-        size_t at = (size_t)token * r->padded + i / b->block;
-        round_block(b->data + (size_t)token * b->width + i, b->block, r->q + (size_t)token * r->k + i, r->scale + at,
-                    r->scaled_sum + at, r->sum + at);
+        size_t at = (size_t)token * r->blocks + i / b->block;
+        round_block(b->data + (size_t)token * b->width + i, b->block, r->q + (size_t)token * r->k + i, r->scale + at, r->less + at);
     }
 }
 
+/* A row of the table; without scales it is that of the head, packed. */
 static void embed(Decoder *d, const Operation *o, int thread) {
     Buffer *out = &d->buffer[o->output];
-    int first, stop, zero = zero_point(o->bits);
+    int first, stop, zero = 1 << (o->bits - 1);
     share(d->tokens, 1, thread, d->threads, &first, &stop);
     for (int t = first; t < stop; t++) {
-        const uint8_t *codes = o->codes + (size_t)d->ids[t] * o->k * o->bits / 8;
-        const float *scales = o->scales + (size_t)d->ids[t] * (o->k / o->block);
         float *row = out->data + (size_t)t * o->k;
+        size_t id = (size_t)d->ids[t];
+        if (!o->scales) {
+            const uint8_t *packed = o->codes + id / LANES * panel_bytes(o->k, o->block, o->bits);
+            unpack_output(packed, (int)(id % LANES), o->k, o->block, o->bits, row);
+            continue;
+        }
+        const uint8_t *codes = o->codes + id * (size_t)o->k * o->bits / 8;
+        const float *scales = o->scales + id * (size_t)(o->k / o->block);
         for (int i = 0; i < o->k; i++) {
             int code = o->bits == 8 ? codes[i] : (codes[i / 2] >> (i % 2 * 4)) & 15;
             row[i] = (float)(code - zero) * scales[i / o->block];
@@ -131,22 +137,18 @@ static void norm(Decoder *d, const Operation *o, int thread) {
 static void ask_ahead(const Operation *o, int thread, int threads) {
     int first, stop;
     if (o->kind != PRODUCT) return;
-    share(o->n, GROUP, thread, threads, &first, &stop);
-    const char *codes = (const char *)o->codes + (size_t)first * (size_t)o->k * o->bits / 8;
-    const char *scales = (const char *)(o->scales + (size_t)first * (o->k / o->block));
-    for (int i = 0; i < AHEAD; i += 64) _mm_prefetch(codes + i, _MM_HINT_T1);
-    for (int i = 0; i < AHEAD / 4; i += 64) _mm_prefetch(scales + i, _MM_HINT_T1);
+    share(o->n, LANES, thread, threads, &first, &stop);
+    const char *packed = (const char *)o->codes + (size_t)(first / LANES) * panel_bytes(o->k, o->block, o->bits);
+    for (int i = 0; i < AHEAD; i += 64) _mm_prefetch(packed + i, _MM_HINT_T0);
 }
 
 static void product(Decoder *d, const Operation *o, int thread) {
-    const Rounded *x = &d->buffer[o->input].rounded;
-    Weights w = {o->n, o->k, o->bits, o->block, o->k / o->block, o->codes, o->scales, o->weight};
+    Weights w = {o->n, o->k, o->bits, o->block, o->codes};
     float *out = o->output < 0 ? d->logits : d->buffer[o->output].data;
-    int first, stop, many = d->rows > FEW && o->n % LANES == 0;
-    share(o->n, many ? 2 * LANES : GROUP, thread, d->threads, &first, &stop);
-    if (many) product_many(&w, x, d->rows, first, stop, d->scratch[thread], out);
-    else product_few(&w, x, d->rows, first, stop, d->scratch[thread], out);
-    if (!many) ask_ahead(o + o->next, thread, d->threads);
+    int first, stop;
+    share(o->n, LANES, thread, d->threads, &first, &stop);
+    multiply(&w, &d->buffer[o->input].rounded, d->rows, first, stop, d->scratch[thread], out);
+    if (d->rows <= FEW) ask_ahead(o + o->next, thread, d->threads);
     if (o->weight)
         for (int t = 0; t < d->rows; t++)
             for (int i = first; i < stop; i++) out[(size_t)t * o->n + i] += o->weight[i];

@@ -89,6 +89,37 @@ static TARGET void attend(const float *query, const Half *keys, const Half *valu
     }
 }
 
+/* Turn 16 registers of 16 words each into those of their columns. */
+static TARGET inline void transpose(__m512i x[LANES]) {
+    __m512i y[LANES];
+#pragma GCC unroll 8
+    for (int i = 0; i < LANES; i += 2) {
+        y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+        y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < LANES; i += 4) { /* now x[i + c] has column c of each quarter, of rows i to i + 3 */
+        x[i] = _mm512_unpacklo_epi64(y[i], y[i + 2]);
+        x[i + 1] = _mm512_unpackhi_epi64(y[i], y[i + 2]);
+        x[i + 2] = _mm512_unpacklo_epi64(y[i + 1], y[i + 3]);
+        x[i + 3] = _mm512_unpackhi_epi64(y[i + 1], y[i + 3]);
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; c++) {
+        y[c] = _mm512_shuffle_i32x4(x[c], x[c + 4], 0x88);
+        y[c + 4] = _mm512_shuffle_i32x4(x[c], x[c + 4], 0xdd);
+        y[c + 8] = _mm512_shuffle_i32x4(x[c + 8], x[c + 12], 0x88);
+        y[c + 12] = _mm512_shuffle_i32x4(x[c + 8], x[c + 12], 0xdd);
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; c++) {
+        x[c] = _mm512_shuffle_i32x4(y[c], y[c + 8], 0x88);
+        x[c + 8] = _mm512_shuffle_i32x4(y[c], y[c + 8], 0xdd);
+        x[c + 4] = _mm512_shuffle_i32x4(y[c + 4], y[c + 12], 0x88);
+        x[c + 12] = _mm512_shuffle_i32x4(y[c + 4], y[c + 12], 0xdd);
+    }
+}
+
 /* Lay keys [count, dim] as columns: [dim, stride]. What is past the last is of no use. */
 static TARGET void turn_keys(const Half *keys, int count, int dim, int stride, float *out) {
     for (int p = 0; p < count; p += LANES)

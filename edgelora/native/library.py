@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
 import os
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from edgelora.native.onnx_file import BrokenGraphError, read_graph
 from edgelora.native.operations import Operation, Program
+from edgelora.native.packing import packed_bytes, use_packed
 from edgelora.native.program import UnknownGraphError, program_of
 
 MODULE = "edgelora.native.decoder"  # where the package's build puts the library
@@ -41,6 +43,10 @@ def library() -> ctypes.CDLL | None:
     loaded.edgelora_run.argtypes = [*[ctypes.c_void_p] * 2, *[ctypes.c_int] * 4, *[ctypes.c_void_p] * 2]
     loaded.edgelora_clock.restype = None
     loaded.edgelora_clock.argtypes = [ctypes.c_void_p] * 2
+    loaded.edgelora_packed_bytes.restype = ctypes.c_size_t
+    loaded.edgelora_packed_bytes.argtypes = [ctypes.c_int] * 4
+    loaded.edgelora_pack.restype = None
+    loaded.edgelora_pack.argtypes = [*[ctypes.c_void_p] * 2, *[ctypes.c_int] * 4, ctypes.c_void_p]
     loaded.edgelora_close.restype = None
     loaded.edgelora_close.argtypes = [ctypes.c_void_p]
     return loaded
@@ -64,15 +70,18 @@ def reason_of(model: Path) -> str | None:
     return None
 
 
-def open_native(model: Path, *, threads: int) -> NativeDecoder | None:
-    """Return the decoder of a bundle's graph; None where ONNX Runtime has to run it."""
+def open_native(model: Path, *, threads: int, place: Callable[[Path, int], Path | None] | None = None) -> NativeDecoder | None:
+    """Return the decoder of a bundle's graph; None where ONNX Runtime has to run it.
+
+    `place`, given the model and a size in bytes, names the file that packed weights are kept in; None keeps them in memory.
+    """
     if reason() is not None:
         return None
     try:
         program = program_of(read_graph(model))
+        return NativeDecoder(program, threads, place and functools.partial(place, model))
     except (BrokenGraphError, UnknownGraphError):
         return None
-    return NativeDecoder(program, threads)
 
 
 class NativeDecoder:
@@ -82,9 +91,14 @@ class NativeDecoder:
     selects = True  # how many positions get logits
     cache_type = np.float16
 
-    def __init__(self, program: Program, threads: int) -> None:
+    def __init__(self, program: Program, threads: int, place: Callable[[int], Path | None] | None = None) -> None:
+        """Pack the weights of a program, or take them from the file that `place` names for their size.
+
+        Raises UnknownGraphError where they cannot be, MemoryError.
+        """
         loaded = library()
         assert loaded is not None
+        use_packed(program, loaded, place and place(packed_bytes(program, loaded)))
         self.program, self.library = program, loaded
         self.vocab_size, self.cache_shapes = program.vocab_size, program.cache_shapes
         steps = (Operation * len(program.operations))(*program.operations)

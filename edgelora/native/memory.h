@@ -4,8 +4,19 @@
 
 EXPORT int edgelora_supported(void) {
     __builtin_cpu_init();
-    return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vl")
-        && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
+    return __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw")
+        && __builtin_cpu_supports("avx512dq");
+}
+
+/* Bytes of a product's weights when they are packed. */
+EXPORT size_t edgelora_packed_bytes(int n, int k, int bits, int block) {
+    return (size_t)(n + LANES - 1) / LANES * panel_bytes(k, block, bits);
+}
+
+/* Pack the weights of a product into `out`, which is zeros. */
+EXPORT void edgelora_pack(const uint8_t *codes, const float *scales, int n, int k, int bits, int block, uint8_t *out) {
+    for (int row = 0; row < n; row += LANES)
+        pack_panel(codes, scales, n, k, bits, block, row, out + (size_t)(row / LANES) * panel_bytes(k, block, bits));
 }
 
 /* Give `bytes` of the memory that begins at `base`, on a line of its own; with base NULL only count. */
@@ -23,15 +34,15 @@ static size_t lay_out(Decoder *d, uint8_t *base, int positions) {
         Rounded *r = &b->rounded;
         b->data = take(base, &used, chunk * (size_t)b->width * sizeof(float));
         if (!b->block) continue;
-        r->k = b->width, r->padded = (b->width / b->block + LANES - 1) / LANES * LANES;
-        size_t scales = chunk * (size_t)r->padded * sizeof(float);
-        r->q = take(base, &used, chunk * (size_t)r->k), r->scale = take(base, &used, scales);
-        r->scaled_sum = take(base, &used, scales), r->sum = take(base, &used, scales);
+        r->k = b->width, r->blocks = b->width / b->block;
+        r->q = take(base, &used, chunk * (size_t)r->k);
+        r->scale = take(base, &used, chunk * (size_t)r->blocks * sizeof(float));
+        r->less = take(base, &used, chunk * (size_t)r->blocks * sizeof(int32_t));
     }
     for (int i = 0; i < d->count; i++) {
         const Operation *o = &d->operations[i];
         size_t bytes = 0;
-        if (o->kind == PRODUCT) bytes = 2 * LANES * ((size_t)o->k + (size_t)(o->k / o->block) * sizeof(float));
+        if (o->kind == PRODUCT) bytes = panel_bytes(o->k, o->block, 8);
         if (o->kind == ATTEND) bytes = reach * (size_t)(2 * o->dim + QUERIES) * sizeof(float);
         scratch = bytes > scratch ? bytes : scratch;
     }

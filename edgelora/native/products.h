@@ -1,39 +1,35 @@
-/* Products of weights in blocks of 2, 4 or 8 bits with activations in blocks of 8 bits, for AVX512-VNNI with VBMI.
+/* Products of weights in blocks of 2, 4 or 8 bits with activations in blocks of 8 bits, for AVX512-VNNI.
  *
- * The weights are those of ONNX Runtime's MatMulNBits, read as they lie in the file (operator specification of
- * com.microsoft.MatMulNBits): codes [N, blocks, block * bits / 8], low bits first, scales fp32 [N, blocks], and
- * w = (code - zero) * scale. Activations are rounded as its accuracy_level 4 has it: a block's largest magnitude becomes 127.
+ * The weights are those of ONNX Runtime's MatMulNBits (operator specification of com.microsoft.MatMulNBits): codes
+ * [N, blocks, block * bits / 8], low bits first, scales fp32 [N, blocks], w = (code - zero) * scale. Activations are rounded as
+ * its accuracy_level 4 has it: a block's largest magnitude becomes 127. Sums over a block are exact (int32); sums over blocks
+ * are in the blocks' order, for each output alone: a token has the same bits whatever stands beside it.
  *
- * Sums over a block are exact (int32); only the sum over blocks rounds. `dot_rows` gives the same bits for a token whatever
- * stands beside it; `panel` sums in another order.
+ * Packed, 16 outputs are side by side, a lane of a register for each. Two blocks follow each other, then their scales in bf16:
+ * what a product reads is one stream. A register of codes holds 4 inputs of the 16 outputs for every 8 bits of a code: with
+ * bits b, input 4 (i * 8 / b + s) + j of lane l has bits b s to b s + b of byte 4 l + j of register i.
  */
 
 typedef struct {
-    int n, k, bits, block, blocks; /* outputs, inputs, bits of a code, inputs of a block, blocks of a row */
-    const uint8_t *codes;
-    const float *scales;
-    const float *bias; /* [n] or NULL */
+    int n, k, bits, block;
+    const uint8_t *packed;
 } Weights;
 
-/* Rows of activations: q int8 [rows, k], scale and its product with the block's sum fp32 [rows, padded], the sum int32. */
+/* Rows of activations: q int8 [rows, k]; of each block, [rows, blocks]: its scale, and -8 times its sum. */
 typedef struct {
-    int k, padded; /* padded: blocks rounded up to 16; what is beyond them is zero */
+    int k, blocks;
     int8_t *q;
-    float *scale, *scaled_sum;
-    int32_t *sum;
+    float *scale;
+    int32_t *less;
 } Rounded;
 
-#define TILE 6    /* tokens whose sums `panel` holds in registers, for two panels of 16 outputs */
-#define LANES 16  /* fp32 numbers of a register */
-#ifndef AHEAD
-#define AHEAD 4096 /* bytes of codes that are asked for before they are used */
-#endif
-#define GROUP 4   /* rows of weights that `dot_rows` reads side by side */
-
-static inline int zero_point(int bits) { return 1 << (bits - 1); }
+#define LANES 16    /* fp32 numbers of a register: outputs of a panel */
+#define TILE 10     /* tokens whose sums `panel` holds in registers */
+#define UNPACK 20   /* tokens from which a panel is unpacked once for all */
+#define AHEAD 4096  /* bytes of weights that are asked for before they are used */
 
 /* Round a block of `block` numbers, a multiple of 16. */
-static TARGET void round_block(const float *x, int block, int8_t *q, float *scale, float *scaled_sum, int32_t *sum) {
+static TARGET void round_block(const float *x, int block, int8_t *q, float *scale, int32_t *less) {
     __m512 largest = _mm512_setzero_ps();
     for (int i = 0; i < block; i += LANES) largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_loadu_ps(x + i)));
     float magnitude = _mm512_reduce_max_ps(largest);
@@ -45,212 +41,149 @@ static TARGET void round_block(const float *x, int block, int8_t *q, float *scal
         total = _mm512_add_epi32(total, codes);
     }
     *scale = magnitude / 127.0f;
-    *sum = _mm512_reduce_add_epi32(total);
-    *scaled_sum = *scale * (float)*sum;
+    *less = -8 * _mm512_reduce_add_epi32(total);
 }
 
-/* Return 64 codes as bytes, in order. */
-static TARGET inline __m512i load_codes(const uint8_t *codes, int bits) {
-    const __m512i four = _mm512_set1_epi64(0x1c1814100c080400), two = _mm512_set1_epi64(0x0e0c0a0806040200);
-    if (bits == 8) return _mm512_loadu_si512(codes);
-    if (bits == 4) {
-        __m512i words = _mm512_cvtepu32_epi64(_mm256_loadu_si256((const __m256i *)codes));
-        return _mm512_and_si512(_mm512_multishift_epi64_epi8(four, words), _mm512_set1_epi8(15));
-    }
-    __m512i words = _mm512_cvtepu16_epi64(_mm_loadu_si128((const __m128i *)codes));
-    return _mm512_and_si512(_mm512_multishift_epi64_epi8(two, words), _mm512_set1_epi8(3));
-}
+static inline size_t pair_bytes(int block, int bits) { return (size_t)2 * LANES * block * bits / 8 + 2 * LANES * sizeof(uint16_t); }
 
-/* Write the products of one token with `rows` rows of weights. A register holds 64 codes: the blocks they belong to give each
- * of its lanes a scale, by a permutation of the scales of 16 blocks. */
-static TARGET inline __attribute__((always_inline)) void dot_rows(
-    int rows, int bits, int zero, const Weights *w, const uint8_t *codes, size_t stride, const float *scales,
-    const int8_t *q, const float *x_scale, const float *x_sum, float *out) {
-    const __m512i lane = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60);
-    const __m128i shift = _mm_cvtsi32_si128(__builtin_ctz(w->block));
-    const __m512 minus = _mm512_set1_ps((float)-zero);
-    __m512 sum[GROUP], scale[GROUP];
-#pragma GCC unroll 4
-    for (int r = 0; r < rows; r++) sum[r] = _mm512_setzero_ps();
-    for (int first = 0; first < w->blocks; first += LANES) {
-        int count = w->blocks - first < LANES ? w->blocks - first : LANES;
-        __mmask16 some = (__mmask16)((1u << count) - 1);
-        __m512 xs = _mm512_loadu_ps(x_scale + first);
-        __m512 less = _mm512_mul_ps(_mm512_loadu_ps(x_sum + first), minus);
-#pragma GCC unroll 4
-        for (int r = 0; r < rows; r++) {
-            const float *from = scales + (size_t)r * w->blocks + first;
-            _mm_prefetch((const char *)from + AHEAD / 4, _MM_HINT_T1);
-            __m512 ws = _mm512_maskz_loadu_ps(some, from);
-            sum[r] = _mm512_fmadd_ps(ws, less, sum[r]);
-            scale[r] = _mm512_mul_ps(ws, xs);
-        }
-        for (int at = 0; at < count * w->block; at += 64) {
-            __m512i x = _mm512_loadu_si512(q + first * w->block + at);
-            __m512i block = _mm512_srl_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(at)), shift);
-#pragma GCC unroll 4
-            for (int r = 0; r < rows; r++) {
-                size_t byte = (size_t)(first * w->block + at) * bits / 8;
-                _mm_prefetch((const char *)(codes + r * stride + byte + AHEAD), _MM_HINT_T1);
-                __m512i codes_r = load_codes(codes + r * stride + byte, bits);
-                __m512i dot = _mm512_dpbusd_epi32(_mm512_setzero_si512(), codes_r, x);
-                sum[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_permutexvar_ps(block, scale[r]), sum[r]);
+static inline size_t panel_bytes(int k, int block, int bits) { return (size_t)(k / block + 1) / 2 * pair_bytes(block, bits); }
+
+/* Pack one panel, outputs `row` to `row` + 15; those from n on are zeros. `out` is zeros. */
+static void pack_panel(const uint8_t *codes, const float *scales, int n, int k, int bits, int block, int row, uint8_t *out) {
+    int blocks = k / block, shares = 8 / bits, mask = (1 << bits) - 1;
+    for (int r = 0; r < LANES && row + r < n; r++) {
+        const uint8_t *from = codes + (size_t)(row + r) * k * bits / 8;
+        for (int b = 0; b < blocks; b++) {
+            uint8_t *pair = out + (size_t)(b / 2) * pair_bytes(block, bits), *to = pair + (size_t)(b % 2) * LANES * block * bits / 8;
+            for (int i = 0; i < block; i++) {
+                int at = b * block + i, code = from[at / shares] >> (at % shares * bits) & mask, step = i / 4;
+                to[(size_t)(step / shares) * 4 * LANES + (size_t)r * 4 + i % 4] |= (uint8_t)(code << (step % shares * bits));
             }
+            uint32_t word;
+            memcpy(&word, &scales[(size_t)(row + r) * blocks + b], sizeof word);
+            uint16_t high = (uint16_t)(word >> 16); /* all of a bf16 number */
+            memcpy(pair + (size_t)2 * LANES * block * bits / 8 + ((size_t)(b % 2) * LANES + r) * sizeof high, &high, sizeof high);
         }
     }
-#pragma GCC unroll 4
-    for (int r = 0; r < rows; r++) out[r] = _mm512_reduce_add_ps(sum[r]);
 }
 
-static TARGET void dot(int rows, int bits, int zero, const Weights *w, const uint8_t *codes, size_t stride, const float *scales,
-                       const Rounded *x, int token, float *out) {
-    const int8_t *q = x->q + (size_t)token * x->k;
-    const float *xs = x->scale + (size_t)token * x->padded, *sum = x->scaled_sum + (size_t)token * x->padded;
-    if (rows == GROUP) {
-        if (bits == 4) dot_rows(GROUP, 4, zero, w, codes, stride, scales, q, xs, sum, out);
-        else if (bits == 8) dot_rows(GROUP, 8, zero, w, codes, stride, scales, q, xs, sum, out);
-        else dot_rows(GROUP, 2, zero, w, codes, stride, scales, q, xs, sum, out);
-        return;
-    }
-    for (int r = 0; r < rows; r++) {
-        const uint8_t *row = codes + r * stride;
-        const float *row_scales = scales + (size_t)r * w->blocks;
-        if (bits == 4) dot_rows(1, 4, zero, w, row, stride, row_scales, q, xs, sum, out + r);
-        else if (bits == 8) dot_rows(1, 8, zero, w, row, stride, row_scales, q, xs, sum, out + r);
-        else dot_rows(1, 2, zero, w, row, stride, row_scales, q, xs, sum, out + r);
+/* Unpack the weights of one output of a panel. */
+static void unpack_output(const uint8_t *packed, int lane, int k, int block, int bits, float *out) {
+    int shares = 8 / bits, mask = (1 << bits) - 1, bytes = LANES * block * bits / 8;
+    for (int i = 0; i < k; i++) {
+        int b = i / block, step = i % block / 4;
+        const uint8_t *pair = packed + (size_t)(b / 2) * pair_bytes(block, bits);
+        const uint8_t *code = pair + (size_t)(b % 2) * bytes + (size_t)(step / shares) * 4 * LANES + (size_t)lane * 4 + i % 4;
+        uint16_t high;
+        memcpy(&high, pair + 2 * (size_t)bytes + ((size_t)(b % 2) * LANES + (size_t)lane) * sizeof high, sizeof high);
+        uint32_t word = (uint32_t)high << 16;
+        float scale;
+        memcpy(&scale, &word, sizeof scale);
+        out[i] = (float)((*code >> (step % shares * bits) & mask) - (1 << (bits - 1))) * scale;
     }
 }
 
-/* Unpack `count` codes of a row to bytes. */
-static TARGET void unpack_row(const uint8_t *codes, int bits, int count, uint8_t *out) {
-    for (int at = 0; at < count; at += 64)
-        _mm512_storeu_si512(out + at, load_codes(codes + (size_t)at * bits / 8, bits));
-}
-
-/* Products of a few tokens with the rows from `first` to `stop`: codes are unpacked once; the same bits as for each alone. */
-static TARGET void product_few(const Weights *w, const Rounded *x, int tokens, int first, int stop, uint8_t *scratch, float *out) {
-    size_t stride = (size_t)w->k * w->bits / 8;
-    for (int row = first; row < stop; row += GROUP) {
-        int rows = stop - row < GROUP ? stop - row : GROUP;
-        const uint8_t *codes = w->codes + (size_t)row * stride;
-        const float *scales = w->scales + (size_t)row * w->blocks;
-        if (tokens == 1) {
-            dot(rows, w->bits, zero_point(w->bits), w, codes, stride, scales, x, 0, out + row);
-            continue;
-        }
-        for (int r = 0; r < rows; r++) unpack_row(codes + r * stride, w->bits, w->k, scratch + (size_t)r * w->k);
-        for (int t = 0; t < tokens; t++)
-            dot(rows, 8, zero_point(w->bits), w, scratch, (size_t)w->k, scales, x, t, out + (size_t)t * w->n + row);
-    }
-}
-
-/* Turn 16 registers of 16 words each into those of their columns. */
-static TARGET inline void transpose(__m512i x[LANES]) {
-    __m512i y[LANES];
-#pragma GCC unroll 8
-    for (int i = 0; i < LANES; i += 2) {
-        y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
-        y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < LANES; i += 4) { /* now x[i + c] has column c of each quarter, of rows i to i + 3 */
-        x[i] = _mm512_unpacklo_epi64(y[i], y[i + 2]);
-        x[i + 1] = _mm512_unpackhi_epi64(y[i], y[i + 2]);
-        x[i + 2] = _mm512_unpacklo_epi64(y[i + 1], y[i + 3]);
-        x[i + 3] = _mm512_unpackhi_epi64(y[i + 1], y[i + 3]);
-    }
-#pragma GCC unroll 4
-    for (int c = 0; c < 4; c++) {
-        y[c] = _mm512_shuffle_i32x4(x[c], x[c + 4], 0x88);
-        y[c + 4] = _mm512_shuffle_i32x4(x[c], x[c + 4], 0xdd);
-        y[c + 8] = _mm512_shuffle_i32x4(x[c + 8], x[c + 12], 0x88);
-        y[c + 12] = _mm512_shuffle_i32x4(x[c + 8], x[c + 12], 0xdd);
-    }
-#pragma GCC unroll 4
-    for (int c = 0; c < 4; c++) {
-        x[c] = _mm512_shuffle_i32x4(y[c], y[c + 8], 0x88);
-        x[c + 8] = _mm512_shuffle_i32x4(y[c], y[c + 8], 0xdd);
-        x[c + 4] = _mm512_shuffle_i32x4(y[c + 4], y[c + 12], 0x88);
-        x[c + 12] = _mm512_shuffle_i32x4(y[c + 4], y[c + 12], 0xdd);
-    }
-}
-
-/* Lay 16 rows side by side: codes [k / 4][16][4] bytes, scales [blocks][16]. */
-static TARGET void pack_panel(const Weights *w, int row, uint8_t *codes, float *scales) {
-    size_t stride = (size_t)w->k * w->bits / 8;
-    const uint8_t *from = w->codes + row * stride;
-    for (int at = 0; at < w->k; at += 64) {
-        __m512i words[LANES];
-        for (int r = 0; r < LANES; r++) {
-            _mm_prefetch((const char *)(from + (r + LANES) * stride + (size_t)at * w->bits / 8), _MM_HINT_T1);
-            words[r] = load_codes(from + r * stride + (size_t)at * w->bits / 8, w->bits);
-        }
-        transpose(words);
-        for (int r = 0; r < LANES; r++) _mm512_storeu_si512(codes + ((size_t)at / 4 + r) * LANES * 4, words[r]);
-    }
-    for (int r = 0; r < LANES; r++)
-        for (int b = 0; b < w->blocks; b++) scales[b * LANES + r] = w->scales[(size_t)(row + r) * w->blocks + b];
-}
-
-/* Products of up to TILE tokens with 16 * `panels` outputs, a lane for each output. */
+/* Products of `tokens` tokens, at most TILE, with a panel of 16 outputs. */
 static TARGET inline __attribute__((always_inline)) void panel(
-    int panels, const Weights *w, const uint8_t *codes, const float *scales, const Rounded *x, int token, int tokens, int row,
-    float *out) {
-    const int zero = zero_point(w->bits);
-    const int8_t *q[TILE];
-    const float *xs[TILE];
-    const int32_t *sums[TILE];
-    __m512 total[2][TILE];
-#pragma GCC unroll 6
-    for (int t = 0; t < TILE; t++) { /* past the last token: the last one again, whose result is not kept */
-        size_t at = (size_t)(token + (t < tokens ? t : tokens - 1));
-        q[t] = x->q + at * x->k, xs[t] = x->scale + at * x->padded, sums[t] = x->sum + at * x->padded;
-        for (int p = 0; p < panels; p++) total[p][t] = _mm512_setzero_ps();
-    }
-    for (int b = 0; b < w->blocks; b++) {
-        __m512i dots[2][TILE];
-#pragma GCC unroll 6
-        for (int t = 0; t < TILE; t++) {
-            dots[0][t] = _mm512_set1_epi32(-zero * sums[t][b]);
-            if (panels == 2) dots[1][t] = dots[0][t];
+    int bits, int tokens, int block, int zero_bits, const uint8_t *packed, const Rounded *x, int token, __m512 total[TILE]) {
+    const __m512i mask = _mm512_set1_epi8((char)((1 << bits) - 1));
+    const int shares = 8 / bits, bytes = LANES * block * bits / 8;
+    const int8_t *q = x->q + (size_t)token * x->k;
+    const float *scale = x->scale + (size_t)token * x->blocks;
+    const int32_t *less = x->less + (size_t)token * x->blocks;
+#pragma GCC unroll 10
+    for (int t = 0; t < tokens; t++) total[t] = _mm512_setzero_ps();
+    for (int b = 0; b < x->blocks; b++) {
+        const uint8_t *codes = packed + (size_t)(b / 2) * pair_bytes(block, bits) + (size_t)(b % 2) * bytes;
+        __m512i dots[TILE];
+#pragma GCC unroll 10
+        for (int t = 0; t < tokens; t++) {
+            dots[t] = _mm512_set1_epi32(less[(size_t)t * x->blocks + b]);
+            if (zero_bits == 8) dots[t] = _mm512_slli_epi32(dots[t], 4);
+            if (zero_bits == 2) dots[t] = _mm512_srai_epi32(dots[t], 2);
         }
-        for (int at = b * w->block; at < (b + 1) * w->block; at += 4) {
-            __m512i first = _mm512_loadu_si512(codes + (size_t)at * LANES), second = first;
-            if (panels == 2) second = _mm512_loadu_si512(codes + (size_t)(w->k + at) * LANES);
-#pragma GCC unroll 6
-            for (int t = 0; t < TILE; t++) {
-                int32_t four;
-                memcpy(&four, q[t] + at, 4);
-                __m512i same = _mm512_set1_epi32(four);
-                dots[0][t] = _mm512_dpbusd_epi32(dots[0][t], first, same);
-                if (panels == 2) dots[1][t] = _mm512_dpbusd_epi32(dots[1][t], second, same);
+        const int8_t *four = q + (size_t)b * block;
+        for (int i = 0; i < bytes; i += 4 * LANES) {
+            __m512i word = _mm512_loadu_si512(codes + i);
+            _mm_prefetch((const char *)codes + i + AHEAD, _MM_HINT_T0);
+#pragma GCC unroll 4
+            for (int s = 0; s < shares; s++, four += 4) {
+                __m512i w = bits == 8 ? word : _mm512_and_si512(s ? _mm512_srli_epi16(word, s * bits) : word, mask);
+#pragma GCC unroll 10
+                for (int t = 0; t < tokens; t++) {
+                    int32_t inputs;
+                    memcpy(&inputs, four + (size_t)t * x->k, sizeof inputs);
+                    dots[t] = _mm512_dpbusd_epi32(dots[t], w, _mm512_set1_epi32(inputs));
+                }
             }
         }
-#pragma GCC unroll 2
-        for (int p = 0; p < panels; p++) {
-            __m512 ws = _mm512_loadu_ps(scales + ((size_t)p * w->blocks + b) * LANES);
-#pragma GCC unroll 6
-            for (int t = 0; t < TILE; t++)
-                total[p][t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[p][t]), _mm512_mul_ps(ws, _mm512_set1_ps(xs[t][b])), total[p][t]);
+        const uint8_t *halves = packed + (size_t)(b / 2) * pair_bytes(block, bits) + 2 * (size_t)bytes + (size_t)(b % 2) * 2 * LANES;
+        __m512 ws = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)halves)), 16));
+#pragma GCC unroll 10
+        for (int t = 0; t < tokens; t++) {
+            __m512 both = _mm512_mul_ps(ws, _mm512_set1_ps(scale[(size_t)t * x->blocks + b]));
+            total[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dots[t]), both, total[t]);
         }
     }
-#pragma GCC unroll 6
-    for (int t = 0; t < TILE; t++)
-        for (int p = 0; p < panels; p++)
-            if (t < tokens) _mm512_storeu_ps(out + (size_t)(token + t) * w->n + row + p * LANES, total[p][t]);
 }
 
-/* Products of many tokens with the rows from `first` to `stop`, multiples of 16. */
-static TARGET void product_many(const Weights *w, const Rounded *x, int tokens, int first, int stop, uint8_t *scratch, float *out) {
-    float *scales = (float *)(scratch + 2 * (size_t)LANES * w->k);
-    for (int row = first; row < stop; row += 2 * LANES) {
-        int panels = stop - row >= 2 * LANES ? 2 : 1;
-        for (int p = 0; p < panels; p++)
-            pack_panel(w, row + p * LANES, scratch + (size_t)p * LANES * w->k, scales + (size_t)p * LANES * w->blocks);
-        for (int token = 0; token < tokens; token += TILE) {
-            int some = tokens - token < TILE ? tokens - token : TILE;
-            if (panels == 2) panel(2, w, scratch, scales, x, token, some, row, out);
-            else panel(1, w, scratch, scales, x, token, some, row, out);
+/* Unpack a panel to 8 bits a code; the zero stays that of its own bits. */
+static TARGET void unpack_panel(const uint8_t *packed, int k, int block, int bits, uint8_t *out) {
+    const __m512i mask = _mm512_set1_epi8((char)((1 << bits) - 1));
+    for (int b = 0; b < (k / block + 1) / 2 * 2; b++) {
+        const uint8_t *codes = packed + (size_t)(b / 2) * pair_bytes(block, bits) + (size_t)(b % 2) * LANES * block * bits / 8;
+        uint8_t *pair = out + (size_t)(b / 2) * pair_bytes(block, 8), *to = pair + (size_t)(b % 2) * LANES * block;
+        for (int i = 0; i < block / 4; i++) {
+            __m512i word = _mm512_loadu_si512(codes + (size_t)(i * bits / 8) * 4 * LANES);
+            word = _mm512_and_si512(_mm512_srl_epi16(word, _mm_cvtsi32_si128(i * bits % 8)), mask);
+            _mm512_storeu_si512(to + (size_t)i * 4 * LANES, word);
         }
+        memcpy(pair + (size_t)2 * LANES * block + (size_t)(b % 2) * 2 * LANES, codes + (size_t)(2 - b % 2) * LANES * block * bits / 8
+               + (size_t)(b % 2) * 2 * LANES, 2 * LANES);
+    }
+}
+
+static TARGET inline __attribute__((always_inline)) void tile(
+    int bits, int tokens, int zero_bits, const Weights *w, const uint8_t *packed, const Rounded *x, int token, int row, float *out) {
+    __m512 total[TILE];
+    int some = w->n - row < LANES ? w->n - row : LANES;
+    if (w->block == 32) panel(bits, tokens, 32, zero_bits, packed, x, token, total);
+    else panel(bits, tokens, w->block, zero_bits, packed, x, token, total);
+#pragma GCC unroll 10
+    for (int t = 0; t < tokens; t++)
+        _mm512_mask_storeu_ps(out + (size_t)(token + t) * w->n + row, (__mmask16)((1u << some) - 1), total[t]);
+}
+
+static TARGET void tiles(int bits, int zero_bits, const Weights *w, const uint8_t *packed, const Rounded *x, int tokens, int row,
+                         float *out) {
+    int token = 0;
+    if (bits == 4)
+        for (; token + TILE <= tokens; token += TILE) tile(4, TILE, 4, w, packed, x, token, row, out);
+    else if (bits == 8)
+        for (; token + TILE <= tokens; token += TILE) tile(8, TILE, zero_bits, w, packed, x, token, row, out);
+    else
+        for (; token + TILE <= tokens; token += TILE) tile(2, TILE, 2, w, packed, x, token, row, out);
+    for (; token + 3 <= tokens; token += 3) {
+        if (bits == 4) tile(4, 3, 4, w, packed, x, token, row, out);
+        else if (bits == 8) tile(8, 3, zero_bits, w, packed, x, token, row, out);
+        else tile(2, 3, 2, w, packed, x, token, row, out);
+    }
+    for (; token < tokens; token++) {
+        if (bits == 4) tile(4, 1, 4, w, packed, x, token, row, out);
+        else if (bits == 8) tile(8, 1, zero_bits, w, packed, x, token, row, out);
+        else tile(2, 1, 2, w, packed, x, token, row, out);
+    }
+}
+
+/* Products of tokens with outputs `first` to `stop`, multiples of 16 but for the end. */
+static TARGET void multiply(const Weights *w, const Rounded *x, int tokens, int first, int stop, uint8_t *scratch, float *out) {
+    size_t bytes = panel_bytes(w->k, w->block, w->bits);
+    for (int row = first; row < stop; row += LANES) {
+        const uint8_t *packed = w->packed + (size_t)(row / LANES) * bytes;
+        if (tokens >= UNPACK && w->bits != 8) {
+            unpack_panel(packed, w->k, w->block, w->bits, scratch);
+            tiles(8, w->bits, w, scratch, x, tokens, row, out);
+        } else
+            tiles(w->bits, w->bits, w, packed, x, tokens, row, out);
     }
 }

@@ -39,8 +39,6 @@ UNPACKING = {
     ],
 }  # fmt: skip
 
-REGISTER = 64  # bytes: rows of weights are read so many codes at a time
-
 
 class UnknownGraphError(Exception):
     """Something of the graph is not known here."""
@@ -135,7 +133,7 @@ class Reader:
 
     def product(self, node: Node) -> None:
         n, k, bits, block = (int(node.attributes.get(name) or 0) for name in ("N", "K", "bits", "block_size"))
-        if bits not in (2, 4, 8) or block not in (16, 32, 64, 128, 256) or k % max(block, REGISTER):
+        if bits not in (2, 4, 8) or block not in (16, 32, 64, 128, 256) or k % block:
             raise UnknownGraphError(f"a product of {bits} bits in blocks of {block}, {k} inputs")
         if node.attributes.get("accuracy_level") != 4 or any(node.inputs[3:5]) or self.width(node.inputs[0]) != k:
             raise UnknownGraphError("a product with zero points, or with other activations than of 8 bits")

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from edgelora.errors import UserError
 from edgelora.run.bound import BoundDecoder, Cache
+from edgelora.run.packed import native_file
 from edgelora.run.prefill import LEAST, PromptGraph
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ def open_native(model: Path, threads: int | None) -> NativeDecoder | None:
     from edgelora.hardware import physical_cores
     from edgelora.native.library import open_native
 
-    return open_native(model, threads=threads or physical_cores())
+    return open_native(model, threads=threads or physical_cores(), place=native_file)
 
 
 def last(rows: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from edgelora.run.adapters import Adapter
     from edgelora.run.classify import Classifier
     from edgelora.run.generate import Answer, Generator
+    from edgelora.run.later import Later
     from edgelora.run.seq2seq import Writer
+    from edgelora.tokenizer import Tokenizer
 
 Prompt = str | Sequence[Mapping[str, Any]]  # a text, or chat messages {"role": …, "content": …}
 
@@ -30,9 +32,14 @@ def load(bundle: str | Path, *, threads: int | None = None, adapter: str | None 
     Raises FolderError where it is no bundle or a damaged one, SettingsError where it has no such adapter.
     """
     from edgelora.bundle import open_bundle
+    from edgelora.run.later import Later
     from edgelora.run.packed import mark_checked, packed_from
+    from edgelora.tokenizer import Tokenizer
 
-    model = Model(open_bundle(Path(bundle), known=packed_from), threads=threads, adapter=adapter, native=native)
+    folder = Path(bundle)
+    reading = Later(lambda: Tokenizer.from_folder(folder)) if (folder / "tokenizer.json").is_file() else None
+    opened = open_bundle(folder, known=packed_from)
+    model = Model(opened, threads=threads, adapter=adapter, native=native, tokenizer=reading)
     if model.runs_native:
         mark_checked(model.bundle.model_path)
     return model
@@ -41,7 +48,16 @@ def load(bundle: str | Path, *, threads: int | None = None, adapter: str | None 
 class Model:
     """A loaded bundle. `generate` and `stream` for decoders, `classify` for classifiers, `use` for its adapters."""
 
-    def __init__(self, bundle: Bundle, *, threads: int | None = None, adapter: str | None = None, native: bool = True) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        threads: int | None = None,
+        adapter: str | None = None,
+        native: bool = True,
+        tokenizer: Later[Tokenizer] | None = None,
+    ) -> None:
+        """`tokenizer` is a decoder's, where it is being read already, which takes as long as all the rest."""
         found = None if adapter is None else find(bundle, adapter)
         self.bundle = bundle
         self.task = bundle.task
@@ -50,13 +66,9 @@ class Model:
         self._classifier: Classifier | None = None
         self._writer: Writer | None = None
         if self.task == "text-generation":
-            from edgelora.run.later import Later
-            from edgelora.tokenizer import Tokenizer
-
-            reading = Later(lambda: Tokenizer.from_folder(bundle.folder))  # which takes as long as what follows
             from edgelora.run.generate import Generator
 
-            self._generator = Generator(bundle, threads=threads, adapter=found, native=native, tokenizer=reading)
+            self._generator = Generator(bundle, threads=threads, adapter=found, native=native, tokenizer=tokenizer)
         elif self.task in TASKS and get_task(self.task).writes:
             from edgelora.run.seq2seq import Writer
 

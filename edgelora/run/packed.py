@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import json
 import os
 import shutil
@@ -36,6 +35,8 @@ LEAST_BYTES = 32 << 20  # of weights: smaller ones are packed sooner than found
 GROWTH = 2.5  # bytes of an entry for each byte of weights: as they are in the bundle, and packed
 ABANDONED_SECONDS = 24 * 3600.0  # after which an entry that was never finished goes
 GRAPH, WEIGHTS = "model.onnx", "model.data"
+CHECKED = ".checked"
+NATIVE = ".native2"  # and the version of what is in such a file: its form is decoder.c's
 
 
 def open_packed(model: Path, *, threads: int | None = None) -> ort.InferenceSession:
@@ -70,8 +71,28 @@ def packed_from(model: Path) -> tuple[Path, ...]:
     weights = weights_of(model)
     if not model.is_file() or not weights.is_file() or weights.stat().st_size < LEAST_BYTES:
         return ()
-    entry = cache_folder() / key(model, weights)
-    return (model, weights) if (entry / GRAPH).is_file() or checked_mark(entry).is_file() else ()
+    if native_mark(model, weights).is_file() or (cache_folder() / key(model, weights) / GRAPH).is_file():
+        return model, weights
+    return ()
+
+
+def native_file(model: Path, size: int) -> Path | None:
+    """Return the file for `size` bytes of a model's weights as our own kernels read them; None where they are too few to be
+    kept, or there is no room for them."""
+    weights = weights_of(model)
+    if size < LEAST_BYTES or size > (limit := cache_bytes()) or not weights.is_file():
+        return None
+    path = cache_folder() / f"{native_key(model, weights)}{NATIVE}"
+    if path.is_file():
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(path.parent).free < 2 * size:
+            return None
+        make_room(path.parent, limit - size)
+    except OSError:
+        return None
+    return path
 
 
 def mark_checked(model: Path) -> None:
@@ -79,13 +100,13 @@ def mark_checked(model: Path) -> None:
     weights = weights_of(model)
     if weights.is_file() and weights.stat().st_size >= LEAST_BYTES and cache_bytes() > 0:
         with contextlib.suppress(OSError):
-            mark = checked_mark(cache_folder() / key(model, weights))
+            mark = native_mark(model, weights)
             mark.parent.mkdir(parents=True, exist_ok=True)
             mark.touch()
 
 
-def checked_mark(entry: Path) -> Path:
-    return entry.with_suffix(".checked")
+def native_mark(model: Path, weights: Path) -> Path:
+    return cache_folder() / f"{native_key(model, weights)}{CHECKED}"
 
 
 def weights_of(model: Path) -> Path:
@@ -144,11 +165,18 @@ ENTRIES = {
 
 def key(model: Path, weights: Path) -> str:
     """Return the name of a model's entry: its files as they are now, the runtime, and the processor."""
+    import importlib.metadata
+
     from edgelora.hardware import instruction_sets, processor_name
 
-    files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in (model, weights)]
-    parts = [files, importlib.metadata.version("onnxruntime"), processor_name(), instruction_sets()]
+    parts = [native_key(model, weights), importlib.metadata.version("onnxruntime"), processor_name(), instruction_sets()]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:40]
+
+
+def native_key(model: Path, weights: Path) -> str:
+    """The same for our own kernels, for which packed weights are the same everywhere."""
+    files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in (model, weights)]
+    return hashlib.sha256(json.dumps(files).encode()).hexdigest()[:40]
 
 
 def make_room(folder: Path, limit: int) -> None:
@@ -156,19 +184,27 @@ def make_room(folder: Path, limit: int) -> None:
     found = []
     for path in folder.iterdir():
         with contextlib.suppress(OSError):
-            if path.suffix == checked_mark(path).suffix:
+            if path.suffix == CHECKED:
                 continue
-            age, size = time.time() - path.stat().st_mtime, sum(file.stat().st_size for file in path.iterdir())
+            files = list(path.iterdir()) if path.is_dir() else [path]
+            age, size = time.time() - path.stat().st_mtime, sum(file.stat().st_size for file in files)
             if not path.name.startswith("."):
                 found.append((age, size, path))
             elif age > ABANDONED_SECONDS:
-                shutil.rmtree(path, ignore_errors=True)
+                remove(path)
     total = sum(size for _, size, _ in found)
     for _, size, path in sorted(found, reverse=True):
         if total <= limit:
             return
-        shutil.rmtree(path, ignore_errors=True)
+        remove(path)
         total -= size
+
+
+def remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def cache_folder() -> Path:
