@@ -65,11 +65,11 @@ def test_sides_take_turns_on_the_same_tokens(work: Path, monkeypatch: pytest.Mon
     assert all(request["prompts"] == requests[0]["prompts"] for request in requests)
     assert [len(prompt) for prompt in requests[0]["prompts"]] == [16] * speed.PROMPTS
     assert [row["side"] for row in rows] == [
-        "EdgeLoRA", "EdgeLoRA --fast-prompts", "llama.cpp Q4_1", "llama.cpp Q4_0", "onnxruntime-genai",
-        "EdgeLoRA / better peer", "EdgeLoRA --fast-prompts / better peer",
+        "EdgeLoRA", "EdgeLoRA, in ONNX Runtime", "llama.cpp Q4_1", "llama.cpp Q4_0", "onnxruntime-genai",
+        "EdgeLoRA / better peer", "EdgeLoRA, in ONNX Runtime / better peer",
     ]  # fmt: skip
     assert rows[-1] == {
-        "side": "EdgeLoRA --fast-prompts / better peer", "prefill, tok/s": 1.5, "decode, tok/s": 1.25, "load, s": 0.5,
+        "side": "EdgeLoRA, in ONNX Runtime / better peer", "prefill, tok/s": 1.5, "decode, tok/s": 1.25, "load, s": 0.5,
         "peak, MB": 0.9, "anonymous, MB": None, "loss": 0.9,
     }  # fmt: skip
     assert results.content["parts"]["speed/smollm2"] == rows

@@ -11,6 +11,7 @@ import tolerances
 from numpy.typing import NDArray
 from tiny import save_decoder
 
+import edgelora
 from edgelora.bundle import open_bundle
 from edgelora.export.export import export
 from edgelora.hardware import instruction_sets
@@ -162,6 +163,21 @@ def test_threads_change_no_bit(model: Path) -> None:
     first, *others = (all_logits(native_of(model, threads), IDS[:50]) for threads in (1, 2, 3))
     for other in others:
         np.testing.assert_array_equal(other, first)
+
+
+@needs_library
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.8, "seed": 1}], ids=["greedy", "sampled"])
+def test_answers_are_drafted_by_default_and_the_same_without(model: Path, settings: dict[str, float]) -> None:
+    loaded = edgelora.load(model.parents[1])
+    proposed = 0
+    for prompt in ("abc abc abc", "the cat sat on the mat, the cat sat on the", "0101010101", "x"):
+        given = {"raw": True, "max_new_tokens": 120, **settings}
+        drafted, plain = loaded.answer(prompt, **given), loaded.answer(prompt, speculate=False, **given)
+        assert plain.drafts is None
+        assert drafted.drafts is not None
+        proposed += drafted.drafts.proposed
+        assert drafted.tokens == plain.tokens
+    assert proposed > 10
 
 
 @needs_library

@@ -197,7 +197,8 @@ class Answer:
         self.prefill_s = self.decode_s = 0.0
         self.reused = 0  # tokens of the prompt that were in the cache
         self.sampler = Sampler(config)
-        self.drafts = Drafts(prompt) if config.speculate else None
+        exact = generator.decoder.bound is None  # several positions at once have the bits of each alone
+        self.drafts = Drafts(prompt) if (exact if config.speculate is None else config.speculate) else None
         self.pieces = self._write()
 
     def __iter__(self) -> Iterator[str]:

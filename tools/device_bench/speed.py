@@ -33,6 +33,7 @@ class Side:
     module: str
     environment: str | None
     model: Path
+    native: bool = True  # whether our kernels may run it
 
     def command(self, request: Path, work: Path) -> list[str]:
         import sys
@@ -44,8 +45,9 @@ class Side:
 def sides(model: str, work: Path, bundles: Sequence[Path]) -> list[Side]:
     """Return the contestants of a model; `bundles` of the user's take the place of those that are exported here."""
     found = [Side(OURS if len(bundles) < 2 else f"{OURS} {path.name}", "edgelora", None, path) for path in bundles]
-    ways = ((), ("--fast-prompts",))
-    found = found or [Side(" ".join((OURS, *flags)), "edgelora", None, files.bundle(model, work, *flags)) for flags in ways]
+    if not found:
+        ours = files.bundle(model, work)
+        found = [Side(OURS, "edgelora", None, ours), Side(f"{OURS}, in ONNX Runtime", "edgelora", None, ours, native=False)]
     packaged = files.q4_1(model, work)
     if packaged is not None:
         found.append(Side("llama.cpp Q4_1", "llama", "llama", packaged))
@@ -94,6 +96,7 @@ def measure(
         for side in contestants:
             request = work / "device" / f"request-{side.module}.json"
             content = {"model": str(side.model), "prompts": asked, "new_tokens": new_tokens, "threads": threads}
+            content["native"] = side.native
             content["text"] = text if turn == 0 else []  # the same every time
             if (size := trimmed_to(side)) is not None:  # any tokens will do for speed, none for a loss
                 content |= {"prompts": [[token % size for token in ids] for ids in asked], "text": []}

@@ -11,7 +11,7 @@ class Bundle:
     def __init__(self, request: dict[str, Any]) -> None:
         from edgelora.run.model import load
 
-        self.decoder = load(request["model"], threads=request["threads"]).generator.decoder
+        self.decoder = load(request["model"], threads=request["threads"], native=request["native"]).generator.decoder
 
     def prefill(self, ids: list[int]) -> int:
         self.decoder.rewind(0)
