@@ -149,13 +149,17 @@ def test_a_long_prompt_in_chunks_and_a_cache_that_grows(model: Path) -> None:
 
 
 @needs_library
-@pytest.mark.parametrize("together", [2, 5, FEW])
-def test_tokens_checked_together_have_the_bits_of_each_alone(model: Path, together: int) -> None:
-    native = native_of(model)
-    native.prefill(IDS[:30])
-    alone = np.stack([native.step(token).copy() for token in IDS[30 : 30 + together]])
-    native.rewind(30)
-    np.testing.assert_array_equal(native.score(IDS[30 : 30 + together]), alone)
+@pytest.mark.parametrize(
+    "shape", [{}, {"hidden_size": 192, "head_dim": 64, "num_attention_heads": 3, "num_key_value_heads": 1}]
+)
+def test_a_text_has_the_same_bits_whole_in_pieces_and_token_by_token(shape: dict[str, int], tmp_path: Path) -> None:
+    native = native_of(make(tmp_path, **shape))
+    steps = np.stack([native.step(token).copy() for token in IDS[:100]])
+    for pieces in ([100], [FEW, FEW + 1, 81], [1, 2, 30, 67]):
+        native.rewind(0)
+        ends = np.cumsum(pieces)
+        found = [native.score(IDS[end - size : end]).copy() for size, end in zip(pieces, ends, strict=True)]
+        np.testing.assert_array_equal(np.concatenate(found), steps)
 
 
 @needs_library
@@ -177,7 +181,7 @@ def test_answers_are_drafted_by_default_and_the_same_without(model: Path, settin
         assert drafted.drafts is not None
         proposed += drafted.drafts.proposed
         assert drafted.tokens == plain.tokens
-    assert proposed > 10
+    assert proposed > 0
 
 
 @needs_library
@@ -189,7 +193,7 @@ def test_what_is_saved_and_rewound_is_as_computed_anew(model: Path) -> None:
     native.rewind(0)
     native.prefill(IDS[100:140])
     native.restore(saved, 20)
-    np.testing.assert_allclose(native.prefill(IDS[20:40]), after, atol=tolerances.NATIVE_LOGITS * after.std(), rtol=0)
+    np.testing.assert_array_equal(native.prefill(IDS[20:40]), after)
 
 
 @needs_library

@@ -16,7 +16,6 @@ from typing import Any
 
 import edgelora
 from edgelora import console
-from edgelora.data.lines import Report
 from edgelora.data.read import iterate_file
 from edgelora.run.model import Model
 
@@ -26,7 +25,7 @@ PASSAGE = 1200  # characters
 def prompts(arguments: argparse.Namespace) -> dict[str, list[str]]:
     found = {}
     if arguments.rows is not None:
-        rows = iterate_file(arguments.rows, Report())
+        rows = iterate_file(arguments.rows, lambda *_: None)
         found[arguments.rows.name] = [str(row[arguments.column]) for _, row in itertools.islice(rows, arguments.prompts)]
     if arguments.summarize is not None:
         text = arguments.summarize.read_text(encoding="utf-8")

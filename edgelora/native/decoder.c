@@ -25,7 +25,7 @@ typedef uint16_t Half; /* fp16: what the cache holds, half the memory to read fo
 
 enum { EMBED, NORM, PRODUCT, ROTATE, ATTEND, GATE, SELECT, ROUND };
 
-#define FEW 9        /* tokens whose attention is that of each alone, bit for bit: as many as a draft and one */
+#define FEW 9        /* tokens up to which each goes through attention alone: as many as a draft and one */
 #define SPINS 20000  /* looks at a flag before a thread gives its processor away, or sleeps until the next call */
 
 typedef struct { /* mirrored in program.py: keep the order */
@@ -173,8 +173,8 @@ static void positions(Decoder *d, const Operation *o, int thread) {
     }
 }
 
-/* A few tokens: each head of each alone, so that what stands beside a token changes no bit. Heads of a group, which read the
- * same keys and values, go to one thread as far as that is even. */
+/* A few tokens: each head of each alone. Heads of a group, which read the same keys and values, go to one thread as far as that
+ * is even. */
 static void attend_few(Decoder *d, const Operation *o, int thread) {
     Buffer *out = &d->buffer[o->output];
     int width = (o->heads + 2 * o->kv_heads) * o->dim, first, stop;

@@ -59,36 +59,6 @@ static TARGET void store_halves(const float *x, int count, Half *out) {
         _mm256_storeu_si256((__m256i *)(out + i), _mm512_cvtps_ph(_mm512_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT));
 }
 
-/* Attention of one head of one token over `count` positions; keys and values [count, dim], scores is room for `count`.
- * What will be read next is asked for while there is work to do. */
-static TARGET void attend(const float *query, const Half *keys, const Half *values, int count, int dim, float scale,
-                          float *scores, float *out) {
-    for (int p = 0; p < count; p++) {
-        const Half *key = keys + (size_t)p * dim;
-        __m512 sum = _mm512_setzero_ps();
-        for (int i = 0; i < dim; i += LANES) sum = _mm512_fmadd_ps(_mm512_loadu_ps(query + i), load_half(key + i), sum);
-        for (int i = 0; i < dim; i += 2 * LANES) {
-            _mm_prefetch((const char *)(key + i + 16 * dim), _MM_HINT_T1);
-            _mm_prefetch((const char *)(values + (size_t)p * dim + i), _MM_HINT_T1);
-        }
-        scores[p] = _mm512_reduce_add_ps(sum);
-    }
-    __m512 inverse = _mm512_set1_ps(1.0f / weigh(scores, count, scale));
-    for (int first = 0; first < dim; first += 4 * LANES) { /* four registers: a head of 64 in one pass */
-        __m512 sum[4];
-        int some = dim - first < 4 * LANES ? (dim - first) / LANES : 4;
-        for (int i = 0; i < 4; i++) sum[i] = _mm512_setzero_ps();
-        for (int p = 0; p < count; p++) {
-            const Half *value = values + (size_t)p * dim + first;
-            __m512 weight = _mm512_set1_ps(scores[p]);
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; i++)
-                if (i < some) sum[i] = _mm512_fmadd_ps(weight, load_half(value + i * LANES), sum[i]);
-        }
-        for (int i = 0; i < some; i++) _mm512_storeu_ps(out + first + i * LANES, _mm512_mul_ps(sum[i], inverse));
-    }
-}
-
 /* Turn 16 registers of 16 words each into those of their columns. */
 static TARGET inline void transpose(__m512i x[LANES]) {
     __m512i y[LANES];
@@ -117,6 +87,43 @@ static TARGET inline void transpose(__m512i x[LANES]) {
         x[c + 8] = _mm512_shuffle_i32x4(y[c], y[c + 8], 0xdd);
         x[c + 4] = _mm512_shuffle_i32x4(y[c + 4], y[c + 12], 0x88);
         x[c + 12] = _mm512_shuffle_i32x4(y[c + 4], y[c + 12], 0xdd);
+    }
+}
+
+/* Attention of one head of one token over `count` positions; keys and values [count, dim], scores is room for `count` and 15 more.
+ * Sums are in the order of `attend_many`, a lane for each position: the same bits. What will be read next is asked for ahead. */
+static TARGET void attend(const float *query, const Half *keys, const Half *values, int count, int dim, float scale,
+                          float *scores, float *out) {
+    for (int p = 0; p < count; p += LANES) {
+        __m512 sum = _mm512_setzero_ps();
+        for (int i = 0; i < dim; i += LANES) {
+            __m512i x[LANES];
+#pragma GCC unroll 16
+            for (int r = 0; r < LANES; r++) {
+                size_t at = (size_t)(p + r < count ? p + r : count - 1) * dim + i;
+                _mm_prefetch((const char *)(keys + at + LANES * dim), _MM_HINT_T1);
+                _mm_prefetch((const char *)(values + at), _MM_HINT_T1);
+                x[r] = _mm512_castps_si512(load_half(keys + at));
+            }
+            transpose(x);
+#pragma GCC unroll 16
+            for (int r = 0; r < LANES; r++) sum = _mm512_fmadd_ps(_mm512_set1_ps(query[i + r]), _mm512_castsi512_ps(x[r]), sum);
+        }
+        _mm512_storeu_ps(scores + p, sum);
+    }
+    __m512 inverse = _mm512_set1_ps(1.0f / weigh(scores, count, scale));
+    for (int first = 0; first < dim; first += 4 * LANES) { /* four registers: a head of 64 in one pass */
+        __m512 sum[4];
+        int some = dim - first < 4 * LANES ? (dim - first) / LANES : 4;
+        for (int i = 0; i < 4; i++) sum[i] = _mm512_setzero_ps();
+        for (int p = 0; p < count; p++) {
+            const Half *value = values + (size_t)p * dim + first;
+            __m512 weight = _mm512_set1_ps(scores[p]);
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++)
+                if (i < some) sum[i] = _mm512_fmadd_ps(weight, load_half(value + i * LANES), sum[i]);
+        }
+        for (int i = 0; i < some; i++) _mm512_storeu_ps(out + first + i * LANES, _mm512_mul_ps(sum[i], inverse));
     }
 }
 
