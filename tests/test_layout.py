@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "edgelora"
 MAX_FUNCTION_LINES = 60
 MAX_FILE_LINES = 300
+MAX_WIDTH = 128  # of a line of C; ruff sees to Python
 
 # "path" or "path:function" → why it may be longer. An entry that is no longer needed fails too.
 ALLOWED_LONG: dict[str, str] = {}
@@ -140,6 +141,11 @@ def test_functions_and_files_stay_within_their_budget() -> None:
         for node in functions(parse(path)):
             if num_lines(node) > MAX_FUNCTION_LINES:
                 long[f"{name_of(path)}:{node.name}"] = num_lines(node)
+    for path in sorted(PACKAGE.rglob("*.[ch]")):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        assert max(map(len, lines)) <= MAX_WIDTH, f"{name_of(path)} has a longer line"
+        if len(lines) > MAX_FILE_LINES:
+            long[name_of(path)] = len(lines)
     assert {name: size for name, size in long.items() if name not in ALLOWED_LONG} == {}, "split it, or give the reason"
     assert set(ALLOWED_LONG) <= set(long), "an entry of ALLOWED_LONG is no longer needed"
     assert all(len(reason.split()) >= 4 for reason in ALLOWED_LONG.values()), "a reason is a sentence"

@@ -90,7 +90,8 @@ static void round_part(Buffer *b, int token, int first, int stop) {
     Rounded *r = &b->rounded;
     for (int i = first; i < stop; i += b->block) {
         size_t at = (size_t)token * r->blocks + i / b->block;
-        round_block(b->data + (size_t)token * b->width + i, b->block, r->q + (size_t)token * r->k + i, r->scale + at, r->less + at);
+        const float *x = b->data + (size_t)token * b->width + i;
+        round_block(x, b->block, r->q + (size_t)token * r->k + i, r->scale + at, r->less + at);
     }
 }
 
@@ -263,8 +264,9 @@ static double now(void) {
 }
 
 static void work(Decoder *d, int thread) {
-    static void (*const kinds[])(Decoder *, const Operation *, int) = {embed, norm, product, positions, attention, gate, keep_last,
-                                                                     round_all};
+    static void (*const kinds[])(Decoder *, const Operation *, int) = {
+        embed, norm, product, positions, attention, gate, keep_last, round_all,
+    };
     unsigned int control = _mm_getcsr();
     _mm_setcsr(control | 0x8040); /* denormals are zero */
     double *seconds = thread ? NULL : d->seconds, before = seconds ? now() : 0;

@@ -6,7 +6,8 @@
 /* e^x from -87 to 88, by range reduction and the Taylor series of e^r, |r| <= ln 2 / 2, which is cut off below 3e-7. */
 static TARGET inline __m512 exponential(__m512 x) {
     x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-87.0f)), _mm512_set1_ps(88.0f));
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), nearest);
     __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x); /* ln 2 in two parts: n times the first is exact */
     r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
     __m512 p = _mm512_set1_ps(1.0f / 720);
@@ -90,8 +91,8 @@ static TARGET inline void transpose(__m512i x[LANES]) {
     }
 }
 
-/* Attention of one head of one token over `count` positions; keys and values [count, dim], scores is room for `count` and 15 more.
- * Sums are in the order of `attend_many`, a lane for each position: the same bits. What will be read next is asked for ahead. */
+/* Attention of one head of one token over `count` positions; keys and values [count, dim], scores is room for `count` and 15
+ * more. Sums are in the order of `attend_many`, a lane for each position: the same bits. What comes next is asked for ahead. */
 static TARGET void attend(const float *query, const Half *keys, const Half *values, int count, int dim, float scale,
                           float *scores, float *out) {
     for (int p = 0; p < count; p += LANES) {
@@ -174,8 +175,8 @@ static TARGET void score_many(const float *const queries[QUERIES], const float *
 }
 
 /* Sums of values [count, dim] by the weights of QUERIES tokens; a multiple of 64 of a head's numbers. */
-static TARGET void mix_many(const float *weights, int stride, const float *values, int count, int dim, float *const out[QUERIES],
-                            const float inverse[QUERIES]) {
+static TARGET void mix_many(const float *weights, int stride, const float *values, int count, int dim,
+                            float *const out[QUERIES], const float inverse[QUERIES]) {
     for (int first = 0; first < dim; first += 4 * LANES) {
         __m512 sum[QUERIES][4];
 #pragma GCC unroll 4

@@ -85,7 +85,7 @@ EXPORT Decoder *edgelora_open(const Operation *operations, int count, const int3
 /* Add what each operation takes from now on to `seconds` [operations]; NULL: no longer. */
 EXPORT void edgelora_clock(Decoder *d, double *seconds) { d->seconds = seconds; }
 
-/* Run `tokens` ids after `past` positions. `cache` has key and value of each layer, fp16 [kv_heads, capacity, dim], written here;
+/* Run `tokens` ids after `past` positions. `cache` has key and value of each layer, fp16 [kv_heads, capacity, dim];
  * logits [kept, vocabulary] are those of the last `kept` tokens. */
 EXPORT void edgelora_run(Decoder *d, const int64_t *ids, int tokens, int past, int kept, int capacity, Half **cache,
                          float *logits) {

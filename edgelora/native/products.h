@@ -25,6 +25,7 @@ typedef struct {
 
 #define LANES 16    /* fp32 numbers of a register: outputs of a panel */
 #define TILE 10     /* tokens whose sums `panel` holds in registers */
+#define FEWER 3     /* of those that are left */
 #define UNPACK 20   /* tokens from which a panel is unpacked once for all */
 #define AHEAD 4096  /* bytes of weights that are asked for before they are used */
 
@@ -44,9 +45,22 @@ static TARGET void round_block(const float *x, int block, int8_t *q, float *scal
     *less = -8 * _mm512_reduce_add_epi32(total);
 }
 
-static inline size_t pair_bytes(int block, int bits) { return (size_t)2 * LANES * block * bits / 8 + 2 * LANES * sizeof(uint16_t); }
+/* Bytes of the codes of a block of 16 outputs, of two blocks with their scales, and of a panel. */
+static inline size_t block_bytes(int block, int bits) { return (size_t)LANES * (size_t)block * (size_t)bits / 8; }
+
+static inline size_t pair_bytes(int block, int bits) { return 2 * block_bytes(block, bits) + 2 * LANES * sizeof(uint16_t); }
 
 static inline size_t panel_bytes(int k, int block, int bits) { return (size_t)(k / block + 1) / 2 * pair_bytes(block, bits); }
+
+/* Where the codes of block `b` of a panel begin, and its scales. */
+static inline size_t codes_at(int b, int block, int bits) {
+    return (size_t)(b / 2) * pair_bytes(block, bits) + (size_t)(b % 2) * block_bytes(block, bits);
+}
+
+static inline size_t scales_at(int b, int block, int bits) {
+    size_t pair = (size_t)(b / 2) * pair_bytes(block, bits);
+    return pair + 2 * block_bytes(block, bits) + (size_t)(b % 2) * LANES * sizeof(uint16_t);
+}
 
 /* Pack one panel, outputs `row` to `row` + 15; those from n on are zeros. `out` is zeros. */
 static void pack_panel(const uint8_t *codes, const float *scales, int n, int k, int bits, int block, int row, uint8_t *out) {
@@ -54,7 +68,7 @@ static void pack_panel(const uint8_t *codes, const float *scales, int n, int k, 
     for (int r = 0; r < LANES && row + r < n; r++) {
         const uint8_t *from = codes + (size_t)(row + r) * k * bits / 8;
         for (int b = 0; b < blocks; b++) {
-            uint8_t *pair = out + (size_t)(b / 2) * pair_bytes(block, bits), *to = pair + (size_t)(b % 2) * LANES * block * bits / 8;
+            uint8_t *to = out + codes_at(b, block, bits);
             for (int i = 0; i < block; i++) {
                 int at = b * block + i, code = from[at / shares] >> (at % shares * bits) & mask, step = i / 4;
                 to[(size_t)(step / shares) * 4 * LANES + (size_t)r * 4 + i % 4] |= (uint8_t)(code << (step % shares * bits));
@@ -62,20 +76,19 @@ static void pack_panel(const uint8_t *codes, const float *scales, int n, int k, 
             uint32_t word;
             memcpy(&word, &scales[(size_t)(row + r) * blocks + b], sizeof word);
             uint16_t high = (uint16_t)(word >> 16); /* all of a bf16 number */
-            memcpy(pair + (size_t)2 * LANES * block * bits / 8 + ((size_t)(b % 2) * LANES + r) * sizeof high, &high, sizeof high);
+            memcpy(out + scales_at(b, block, bits) + (size_t)r * sizeof high, &high, sizeof high);
         }
     }
 }
 
 /* Unpack the weights of one output of a panel. */
 static void unpack_output(const uint8_t *packed, int lane, int k, int block, int bits, float *out) {
-    int shares = 8 / bits, mask = (1 << bits) - 1, bytes = LANES * block * bits / 8;
+    int shares = 8 / bits, mask = (1 << bits) - 1;
     for (int i = 0; i < k; i++) {
         int b = i / block, step = i % block / 4;
-        const uint8_t *pair = packed + (size_t)(b / 2) * pair_bytes(block, bits);
-        const uint8_t *code = pair + (size_t)(b % 2) * bytes + (size_t)(step / shares) * 4 * LANES + (size_t)lane * 4 + i % 4;
+        const uint8_t *code = packed + codes_at(b, block, bits) + (step / shares * LANES + lane) * 4 + i % 4;
         uint16_t high;
-        memcpy(&high, pair + 2 * (size_t)bytes + ((size_t)(b % 2) * LANES + (size_t)lane) * sizeof high, sizeof high);
+        memcpy(&high, packed + scales_at(b, block, bits) + (size_t)lane * sizeof high, sizeof high);
         uint32_t word = (uint32_t)high << 16;
         float scale;
         memcpy(&scale, &word, sizeof scale);
@@ -87,14 +100,14 @@ static void unpack_output(const uint8_t *packed, int lane, int k, int block, int
 static TARGET inline __attribute__((always_inline)) void panel(
     int bits, int tokens, int block, int zero_bits, const uint8_t *packed, const Rounded *x, int token, __m512 total[TILE]) {
     const __m512i mask = _mm512_set1_epi8((char)((1 << bits) - 1));
-    const int shares = 8 / bits, bytes = LANES * block * bits / 8;
+    const int shares = 8 / bits, bytes = (int)block_bytes(block, bits);
     const int8_t *q = x->q + (size_t)token * x->k;
     const float *scale = x->scale + (size_t)token * x->blocks;
     const int32_t *less = x->less + (size_t)token * x->blocks;
 #pragma GCC unroll 10
     for (int t = 0; t < tokens; t++) total[t] = _mm512_setzero_ps();
     for (int b = 0; b < x->blocks; b++) {
-        const uint8_t *codes = packed + (size_t)(b / 2) * pair_bytes(block, bits) + (size_t)(b % 2) * bytes;
+        const uint8_t *codes = packed + codes_at(b, block, bits);
         __m512i dots[TILE];
 #pragma GCC unroll 10
         for (int t = 0; t < tokens; t++) {
@@ -117,8 +130,8 @@ static TARGET inline __attribute__((always_inline)) void panel(
                 }
             }
         }
-        const uint8_t *halves = packed + (size_t)(b / 2) * pair_bytes(block, bits) + 2 * (size_t)bytes + (size_t)(b % 2) * 2 * LANES;
-        __m512 ws = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)halves)), 16));
+        __m256i halves = _mm256_loadu_si256((const __m256i *)(packed + scales_at(b, block, bits)));
+        __m512 ws = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 #pragma GCC unroll 10
         for (int t = 0; t < tokens; t++) {
             __m512 both = _mm512_mul_ps(ws, _mm512_set1_ps(scale[(size_t)t * x->blocks + b]));
@@ -131,20 +144,20 @@ static TARGET inline __attribute__((always_inline)) void panel(
 static TARGET void unpack_panel(const uint8_t *packed, int k, int block, int bits, uint8_t *out) {
     const __m512i mask = _mm512_set1_epi8((char)((1 << bits) - 1));
     for (int b = 0; b < (k / block + 1) / 2 * 2; b++) {
-        const uint8_t *codes = packed + (size_t)(b / 2) * pair_bytes(block, bits) + (size_t)(b % 2) * LANES * block * bits / 8;
-        uint8_t *pair = out + (size_t)(b / 2) * pair_bytes(block, 8), *to = pair + (size_t)(b % 2) * LANES * block;
+        const uint8_t *codes = packed + codes_at(b, block, bits);
+        uint8_t *to = out + codes_at(b, block, 8);
         for (int i = 0; i < block / 4; i++) {
             __m512i word = _mm512_loadu_si512(codes + (size_t)(i * bits / 8) * 4 * LANES);
             word = _mm512_and_si512(_mm512_srl_epi16(word, _mm_cvtsi32_si128(i * bits % 8)), mask);
             _mm512_storeu_si512(to + (size_t)i * 4 * LANES, word);
         }
-        memcpy(pair + (size_t)2 * LANES * block + (size_t)(b % 2) * 2 * LANES, codes + (size_t)(2 - b % 2) * LANES * block * bits / 8
-               + (size_t)(b % 2) * 2 * LANES, 2 * LANES);
+        memcpy(out + scales_at(b, block, 8), packed + scales_at(b, block, bits), LANES * sizeof(uint16_t));
     }
 }
 
 static TARGET inline __attribute__((always_inline)) void tile(
-    int bits, int tokens, int zero_bits, const Weights *w, const uint8_t *packed, const Rounded *x, int token, int row, float *out) {
+    int bits, int tokens, int zero_bits, const Weights *w, const uint8_t *packed, const Rounded *x, int token, int row,
+    float *out) {
     __m512 total[TILE];
     int some = w->n - row < LANES ? w->n - row : LANES;
     if (w->block == 32) panel(bits, tokens, 32, zero_bits, packed, x, token, total);
@@ -154,24 +167,21 @@ static TARGET inline __attribute__((always_inline)) void tile(
         _mm512_mask_storeu_ps(out + (size_t)(token + t) * w->n + row, (__mmask16)((1u << some) - 1), total[t]);
 }
 
-static TARGET void tiles(int bits, int zero_bits, const Weights *w, const uint8_t *packed, const Rounded *x, int tokens, int row,
-                         float *out) {
-    int token = 0;
-    if (bits == 4)
-        for (; token + TILE <= tokens; token += TILE) tile(4, TILE, 4, w, packed, x, token, row, out);
-    else if (bits == 8)
-        for (; token + TILE <= tokens; token += TILE) tile(8, TILE, zero_bits, w, packed, x, token, row, out);
-    else
-        for (; token + TILE <= tokens; token += TILE) tile(2, TILE, 2, w, packed, x, token, row, out);
-    for (; token + 3 <= tokens; token += 3) {
-        if (bits == 4) tile(4, 3, 4, w, packed, x, token, row, out);
-        else if (bits == 8) tile(8, 3, zero_bits, w, packed, x, token, row, out);
-        else tile(2, 3, 2, w, packed, x, token, row, out);
-    }
-    for (; token < tokens; token++) {
-        if (bits == 4) tile(4, 1, 4, w, packed, x, token, row, out);
-        else if (bits == 8) tile(8, 1, zero_bits, w, packed, x, token, row, out);
-        else tile(2, 1, 2, w, packed, x, token, row, out);
+/* Products of all tokens with a panel whose codes have `bits`; `zero` are the bits that say what code means 0. */
+static TARGET void tiles(int bits, int zero, const Weights *w, const uint8_t *p, const Rounded *x, int tokens, int row, float *out) {
+    for (int t = 0, some; t < tokens; t += some) {
+        some = tokens - t >= TILE ? TILE : tokens - t >= FEWER ? FEWER : 1;
+        switch (some * 16 + bits) {
+        case TILE * 16 + 2: tile(2, TILE, 2, w, p, x, t, row, out); break;
+        case TILE * 16 + 4: tile(4, TILE, 4, w, p, x, t, row, out); break;
+        case TILE * 16 + 8: tile(8, TILE, zero, w, p, x, t, row, out); break;
+        case FEWER * 16 + 2: tile(2, FEWER, 2, w, p, x, t, row, out); break;
+        case FEWER * 16 + 4: tile(4, FEWER, 4, w, p, x, t, row, out); break;
+        case FEWER * 16 + 8: tile(8, FEWER, zero, w, p, x, t, row, out); break;
+        case 16 + 2: tile(2, 1, 2, w, p, x, t, row, out); break;
+        case 16 + 4: tile(4, 1, 4, w, p, x, t, row, out); break;
+        default: tile(8, 1, zero, w, p, x, t, row, out);
+        }
     }
 }
 
