@@ -26,6 +26,7 @@ class Script:
 
     def __init__(self, tokens: Sequence[int], max_length: int = 1000) -> None:
         self.tokens, self.max_length, self.length, self.written = [*tokens, END], max_length, 0, 0
+        self.bound = self  # ONNX Runtime's: nothing is drafted by default
 
     def reserve(self, positions: int) -> None:
         assert positions <= self.max_length

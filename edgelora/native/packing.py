@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgelora.hardware import available_memory
 from edgelora.native.operations import EMBED, PRODUCT, Operation, Program
 from edgelora.native.program import UnknownGraphError
 
 ALIGNMENT = 64  # bytes: a register of weights lies in one line of the processor's cache
+HUGE_PAGE = 2 << 20
+SMALL_PART = 1 / 8  # of the memory that is available
 
 
 def packed_bytes(program: Program, library: ctypes.CDLL) -> int:
@@ -58,8 +62,8 @@ def use_packed(program: Program, library: ctypes.CDLL, path: Path | None) -> Non
 
 
 def packed(program: Program, library: ctypes.CDLL, size: int) -> NDArray[np.uint8]:
-    room = np.zeros(size + ALIGNMENT, np.uint8)
-    found = room[-room.ctypes.data % ALIGNMENT :][:size]
+    found = aligned(size)
+    found[:] = 0
     start = 0
     for step, end in products(program, library):
         scales = np.ctypeslib.as_array((ctypes.c_uint32 * (step.n * step.k // step.block)).from_address(step.scales))
@@ -73,14 +77,28 @@ def packed(program: Program, library: ctypes.CDLL, size: int) -> NDArray[np.uint
 
 
 def mapped(path: Path, size: int) -> NDArray[Any] | None:
-    """Return what a file holds, mapped; None where it is not there or of another size."""
+    """Return what a file holds; None where it is not there or of another size.
+
+    It is mapped, or, where it is a small part of the memory, read: numpy asks Linux for huge pages for large arrays, and files
+    have none, where every 4 KB of a token's way through the weights cost a walk through page tables (SmolLM2: a quarter more).
+    """
     try:
         if path.stat().st_size != size:
             return None
         os.utime(path)  # the least recently used goes first
-        return np.memmap(path, np.uint8, mode="r")
+        if sys.platform != "linux" or size > SMALL_PART * (available_memory() or 0):
+            return np.memmap(path, np.uint8, mode="r")
+        room = aligned(size)
+        with path.open("rb") as file:
+            return room if file.readinto(room.data) == size else None
     except (OSError, ValueError):
         return None
+
+
+def aligned(size: int) -> NDArray[np.uint8]:
+    """Return memory that begins where a huge page can, not yet touched."""
+    room = np.empty(size + HUGE_PAGE, np.uint8)
+    return room[-room.ctypes.data % HUGE_PAGE :][:size]
 
 
 def write(path: Path, content: NDArray[np.uint8]) -> None:

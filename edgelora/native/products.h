@@ -168,7 +168,8 @@ static TARGET inline __attribute__((always_inline)) void tile(
 }
 
 /* Products of all tokens with a panel whose codes have `bits`; `zero` are the bits that say what code means 0. */
-static TARGET void tiles(int bits, int zero, const Weights *w, const uint8_t *p, const Rounded *x, int tokens, int row, float *out) {
+static TARGET void tiles(int bits, int zero, const Weights *w, const uint8_t *p, const Rounded *x, int tokens, int row,
+                         float *out) {
     for (int t = 0, some; t < tokens; t += some) {
         some = tokens - t >= TILE ? TILE : tokens - t >= FEWER ? FEWER : 1;
         switch (some * 16 + bits) {
