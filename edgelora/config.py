@@ -158,11 +158,8 @@ class GenerateConfig:
     repetition_penalty: float = setting(1.0, "Above 1, tokens that occurred become less likely.", flag=True, allowed=ABOVE_0)
     stop: tuple[str, ...] | None = setting(None, "End the answer before this text; may be given more than once.", flag=True)
     seed: int = setting(0, "Seed of the sampling.", flag=True, allowed=SEEDS)
-    speculate: bool | None = setting(
-        None,
-        "Draft tokens from what the text says already and check several at once: faster where answers copy. "
-        "Default: where EdgeLoRA's kernels run a decoder, which give the same answer with and without.",
-        flag=True,
+    speculate: bool | None = setting(  # by default where that changes no answer: with kernels of our own
+        None, "Draft tokens from the text so far, check several at once; default: where EdgeLoRA's kernels run.", flag=True
     )
     num_beams: int | None = setting(
         None, "Beams of a translation or summary; 1 is greedy. Default: the bundle's.", flag=True, allowed=AT_LEAST_1
