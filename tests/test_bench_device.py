@@ -88,7 +88,7 @@ def test_a_trimmed_bundle_gets_tokens_that_it_has_and_no_text(work: Path, monkey
     (work / "trimmed" / "edgelora.json").write_text(json.dumps(manifest), encoding="utf-8")
     results = Results(work / "device.json", {"commit": "abc"})
     speed.measure("smollm2", results, work, bundles=[work / "trimmed"], rounds=1, threads=2, lengths=(16, 8))
-    trimmed, other, *_ = requests
+    trimmed, _, other, *_ = requests
     assert trimmed["text"] == [] != other["text"]
     assert trimmed["prompts"] == [[token % 50 for token in ids] for ids in other["prompts"]]
 

@@ -44,10 +44,9 @@ class Side:
 
 def sides(model: str, work: Path, bundles: Sequence[Path]) -> list[Side]:
     """Return the contestants of a model; `bundles` of the user's take the place of those that are exported here."""
-    found = [Side(OURS if len(bundles) < 2 else f"{OURS} {path.name}", "edgelora", None, path) for path in bundles]
-    if not found:
-        ours = files.bundle(model, work)
-        found = [Side(OURS, "edgelora", None, ours), Side(f"{OURS}, in ONNX Runtime", "edgelora", None, ours, native=False)]
+    given = bundles or [files.bundle(model, work)]
+    found = [Side(OURS if len(given) < 2 else f"{OURS} {path.name}", "edgelora", None, path) for path in given]
+    found.append(Side(f"{found[0].name}, in ONNX Runtime", "edgelora", None, given[0], native=False))
     packaged = files.q4_1(model, work)
     if packaged is not None:
         found.append(Side("llama.cpp Q4_1", "llama", "llama", packaged))
