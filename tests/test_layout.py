@@ -29,6 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "console",
         "hardware",
         "memory",
+        "later",
         "rates",
         "tokenizer",
         "chat_template",

@@ -15,7 +15,7 @@ from tiny import save_decoder
 
 import edgelora
 from edgelora.bundle import open_bundle
-from edgelora.errors import FolderError
+from edgelora.errors import FolderError, MachineError
 from edgelora.export.export import export
 from edgelora.native import library, packing
 from edgelora.native.library import NativeDecoder, open_native
@@ -74,6 +74,17 @@ def test_packed_weights_are_kept(model: Path, monkeypatch: pytest.MonkeyPatch, t
     kept.unlink()
     np.testing.assert_array_equal(all_logits(native_of(model), IDS[:20]), first)
     assert not list((tmp_path / "cache").iterdir())
+
+
+@needs_library
+def test_a_file_that_cannot_be_read_is_said(model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("EDGELORA_PACKED_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(run_packed, "LEAST_BYTES", 1)
+    native_of(model)
+    (kept,) = (tmp_path / "cache").iterdir()
+    room = np.empty(kept.stat().st_size + 1, np.uint8)
+    with pytest.raises(MachineError, match="cannot be read: it ends too early"):
+        packing.read_whole(kept.open("rb"), room)
 
 
 @needs_library

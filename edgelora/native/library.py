@@ -98,7 +98,7 @@ class NativeDecoder:
         """
         loaded = library()
         assert loaded is not None
-        use_packed(program, loaded, place and place(packed_bytes(program, loaded)))
+        self.reading = use_packed(program, loaded, place and place(packed_bytes(program, loaded)))
         self.program, self.library = program, loaded
         self.vocab_size, self.cache_shapes = program.vocab_size, program.cache_shapes
         steps = (Operation * len(program.operations))(*program.operations)
@@ -131,6 +131,9 @@ class NativeDecoder:
 
         Raises ValueError where an id is not of the vocabulary.
         """
+        if self.reading is not None:
+            self.reading.result()
+            self.reading = None
         count = len(ids)
         self._ids[:count] = ids
         least, most = int(self._ids[:count].min()), int(self._ids[:count].max())

@@ -9,12 +9,14 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edgelora.errors import MachineError
 from edgelora.hardware import available_memory
+from edgelora.later import Later
 from edgelora.native.operations import EMBED, PRODUCT, Operation, Program
 from edgelora.native.program import UnknownGraphError
 
@@ -39,18 +41,21 @@ def products(program: Program, library: ctypes.CDLL) -> Iterator[tuple[Operation
             yield step, end
 
 
-def use_packed(program: Program, library: ctypes.CDLL, path: Path | None) -> None:
+def use_packed(program: Program, library: ctypes.CDLL, path: Path | None) -> Later[None] | None:
     """Let a program's products read packed weights: those of `path`, which is written if it is not there; without a path, or
-    where it cannot be written, those in memory of this process. Raises UnknownGraphError where scales are not bf16 numbers."""
-    size = packed_bytes(program, library)
-    found = None if path is None else mapped(path, size)
-    if found is None:
+    where it cannot be written, those in memory of this process. Return what has to end before they are used.
+
+    Raises UnknownGraphError where scales are not bf16 numbers.
+    """
+    size, reading = packed_bytes(program, library), None
+    opened = None if path is None else open_file(path, size)
+    if opened is None:
         found = packed(program, library, size)
         if path is not None:
             with contextlib.suppress(OSError):
                 write(path, found)
-                written = mapped(path, size)
-                found = found if written is None else written
+    else:
+        found, reading = opened
     start = 0
     program.kept.append(found)
     tables = {step.codes: step for step in program.operations if step.kind == EMBED}
@@ -59,6 +64,7 @@ def use_packed(program: Program, library: ctypes.CDLL, path: Path | None) -> Non
         step.codes, step.scales, start = found.ctypes.data + start, None, end
         if table is not None and (table.bits, table.block, table.k) == (step.bits, step.block, step.k):
             table.codes, table.scales = step.codes, None  # a tied head's: no page of the file is read
+    return reading
 
 
 def packed(program: Program, library: ctypes.CDLL, size: int) -> NDArray[np.uint8]:
@@ -76,8 +82,8 @@ def packed(program: Program, library: ctypes.CDLL, size: int) -> NDArray[np.uint
     return found
 
 
-def mapped(path: Path, size: int) -> NDArray[Any] | None:
-    """Return what a file holds; None where it is not there or of another size.
+def open_file(path: Path, size: int) -> tuple[NDArray[Any], Later[None] | None] | None:
+    """Return what a file holds, and what has to end before it is there; None where there is no such file of that size.
 
     It is mapped, or, where it is a small part of the memory, read: numpy asks Linux for huge pages for large arrays, and files
     have none, where every 4 KB of a token's way through the weights cost a walk through page tables (SmolLM2: a quarter more).
@@ -86,13 +92,24 @@ def mapped(path: Path, size: int) -> NDArray[Any] | None:
         if path.stat().st_size != size:
             return None
         os.utime(path)  # the least recently used goes first
-        if sys.platform != "linux" or size > SMALL_PART * (available_memory() or 0):
-            return np.memmap(path, np.uint8, mode="r")
-        room = aligned(size)
-        with path.open("rb") as file:
-            return room if file.readinto(room.data) == size else None
+        if sys.platform != "linux" or size > SMALL_PART * available_memory():
+            return np.memmap(path, np.uint8, mode="r"), None
+        room, file = aligned(size), path.open("rb")
     except (OSError, ValueError):
         return None
+    return room, Later(lambda: read_whole(file, room))
+
+
+def read_whole(file: BinaryIO, room: NDArray[np.uint8]) -> None:
+    """Fill `room` from a file and close it. Raises MachineError where that fails."""
+    with file:
+        try:
+            if file.readinto(room.data) == room.size:  # type: ignore[attr-defined]
+                return
+            reason = "it ends too early"
+        except OSError as error:
+            reason = str(error)
+    raise MachineError(f"{file.name} cannot be read: {reason}", hint="delete it: it is made anew")
 
 
 def aligned(size: int) -> NDArray[np.uint8]:

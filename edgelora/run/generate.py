@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 from edgelora.config import GenerateConfig
 from edgelora.errors import UserError
+from edgelora.later import Later
 from edgelora.memory import trim
 from edgelora.run.adapters import Adapter, initializers, read_factors
 from edgelora.run.decoder import DecoderSession
 from edgelora.run.drafts import Drafts
 from edgelora.run.kept import LEAST_KEPT, Kept
-from edgelora.run.later import Later
 from edgelora.run.prefill import shipped as prompt_graph
 from edgelora.run.prefix import LEAST, shipped
 from edgelora.run.sampling import Sampler

@@ -14,10 +14,10 @@ from edgelora.tasks import TASKS, get_task
 
 if TYPE_CHECKING:
     from edgelora.bundle import Bundle
+    from edgelora.later import Later
     from edgelora.run.adapters import Adapter
     from edgelora.run.classify import Classifier
     from edgelora.run.generate import Answer, Generator
-    from edgelora.run.later import Later
     from edgelora.run.seq2seq import Writer
     from edgelora.tokenizer import Tokenizer
 
@@ -32,7 +32,7 @@ def load(bundle: str | Path, *, threads: int | None = None, adapter: str | None 
     Raises FolderError where it is no bundle or a damaged one, SettingsError where it has no such adapter.
     """
     from edgelora.bundle import open_bundle
-    from edgelora.run.later import Later
+    from edgelora.later import Later
     from edgelora.run.packed import mark_checked, packed_from
     from edgelora.tokenizer import Tokenizer
 

@@ -1,4 +1,4 @@
-"""A value that a thread computes while something else is done: a vocabulary is parsed without Python's lock."""
+"""A value that a thread computes while something else is done."""
 
 from __future__ import annotations
 
