@@ -127,13 +127,6 @@ def fashion(places: Places) -> Prepared:
 
 
 def cells(places: Places) -> Prepared:
-    minutes = 3.0
-    model = pretrained(places, "yolos", scenes(places, DETECTOR_SIDE, "boxes"), DETECTOR_SIDE, minutes)
-    note = f"pretrained here for {minutes:g} min on 400 generated scenes of shapes"
-    return blood(places, "bccd", str(model), note)
-
-
-def cells_by_anchors(places: Places) -> Prepared:
     """A detector that was trained here for longer, on generated scenes of round things that overlap as cells do."""
     minutes, rows = 12.0, 3000
     drawn = scenes(places, DETECTOR_SIDE, "blobs", rows)

@@ -34,9 +34,8 @@ ENTRIES = (
         options={"epochs": 10, "batch-size": 2, "learning-rate": 5e-3},
     ),
     Entry("fashion", "image-classification", "ResNet", "Fashion-MNIST", "accuracy", pictures.fashion),
-    Entry("bccd", "object-detection", "YOLOS", "BCCD blood cells", "map_50", pictures.cells, options={"epochs": 10}),
     Entry(
-        "bccd-rt-detr", "object-detection", "RT-DETR, small", "BCCD blood cells", "map_50", pictures.cells_by_anchors,
+        "bccd-rt-detr", "object-detection", "RT-DETR, small", "BCCD blood cells", "map_50", pictures.cells,
         options={"epochs": 40},
     ),
     Entry(
