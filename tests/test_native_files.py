@@ -15,7 +15,7 @@ from tiny import save_decoder
 
 import edgelora
 from edgelora.bundle import open_bundle
-from edgelora.errors import FolderError, MachineError
+from edgelora.errors import FolderError, MachineError, UserError
 from edgelora.export.export import export
 from edgelora.native import library, packing
 from edgelora.native.library import NativeDecoder, open_native
@@ -145,6 +145,24 @@ def test_changed_bytes_of_a_graph_end_in_a_message_or_a_program(model: Path, tmp
         damaged.write_bytes(changed)
         with contextlib.suppress(BrokenGraphError, UnknownGraphError):
             assert program_of(read_graph(damaged)).operations
+
+
+@needs_library
+def test_a_text_ends_where_the_rotary_tables_do(model: Path) -> None:
+    session = DecoderSession(model, max_length=10**9, threads=1, native=True)
+    assert session.max_length == WIDE["max_position_embeddings"]
+    with pytest.raises(UserError, match="takes at most 640"):
+        session.prefill([1] * 641)
+
+
+@needs_library
+def test_too_little_memory_is_said(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(library, "use_packed", full)
+    with pytest.raises(MachineError, match="not enough memory to load"):
+        DecoderSession(model, max_length=64, native=True)
 
 
 @needs_library

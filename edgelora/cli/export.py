@@ -56,7 +56,7 @@ from edgelora.errors import SettingsError
 @click.option(
     "--fast-prompts",
     is_flag=True,
-    help="Ship a graph for prompts too, in 8 bits: 256 tokens in about half the time, for a byte more for each weight.",
+    help="Ship a graph for prompts too, in 8 bits, for ONNX Runtime: 256 tokens in half the time, for a byte for each weight.",
 )
 @click.option("--onto", type=FOLDER, metavar="BUNDLE", help="Add a RUN as an adapter to this bundle, or to a copy of it at -o.")
 @click.option("--name", help="Name of the adapter that --onto adds. Default: the RUN folder's.")

@@ -101,6 +101,7 @@ class NativeDecoder:
         self.reading = use_packed(program, loaded, place and place(packed_bytes(program, loaded)))
         self.program, self.library = program, loaded
         self.vocab_size, self.cache_shapes = program.vocab_size, program.cache_shapes
+        self.positions = program.positions
         steps = (Operation * len(program.operations))(*program.operations)
         widths, blocks = (np.array(numbers, np.int32) for numbers in (program.widths, program.blocks))
         self.handle = loaded.edgelora_open(

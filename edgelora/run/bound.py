@@ -9,6 +9,7 @@ Source: the operator specification of com.microsoft.GroupQueryAttention.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ class BoundDecoder:
 
     chunk = CHUNK
     cache_type = np.float32
+    positions = sys.maxsize  # that it can tell apart; ONNX Runtime says itself where a table ends
 
     def __init__(
         self, model: Path, *, threads: int | None, initializers: Mapping[str, ort.OrtValue] | None = None, packed: bool = False

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from edgelora.errors import UserError
+from edgelora.errors import MachineError, UserError
 from edgelora.run.bound import BoundDecoder, Cache
 from edgelora.run.packed import native_file
 from edgelora.run.prefill import LEAST, PromptGraph
@@ -42,11 +42,11 @@ class DecoderSession:
         `native` lets kernels of our own run it where there are some for its graph and this processor. In ONNX Runtime `packed`
         keeps its weights in the user's cache as this machine's kernels read them, and `prompts` is what long prompts take.
         """
-        self.max_length = max_length
         self.length = 0  # valid positions in the cache
         self.engine = (open_native(model, threads) if native and not initializers else None) or BoundDecoder(
             model, threads=threads, initializers=initializers, packed=packed
         )
+        self.max_length = min(max_length, self.engine.positions)
         self.prompts = prompts if self.bound is not None else None
         self.vocab_size, self.cache_shapes = self.engine.vocab_size, self.engine.cache_shapes
         self.cache: Cache = {}
@@ -154,7 +154,10 @@ def open_native(model: Path, threads: int | None) -> NativeDecoder | None:
     from edgelora.hardware import physical_cores
     from edgelora.native.library import open_native
 
-    return open_native(model, threads=threads or physical_cores(), place=native_file)
+    try:
+        return open_native(model, threads=threads or physical_cores(), place=native_file)
+    except MemoryError:
+        raise MachineError(f"not enough memory to load {model}", hint="close other programs") from None
 
 
 def last(rows: NDArray[np.float32]) -> NDArray[np.float32]:
