@@ -60,7 +60,11 @@ class ImageProcessor:
             edge, share = resize, config["crop_pct"] or 224 / 256
             small = edge < SMALL_CONVNEXT
             resize, crop = (int(edge / share), (edge, edge)) if small else ((edge, edge), None)
-        normalize = bool(config.get("do_normalize", True))
+        # MobileViT's processor, which alone swaps the channels, normalizes nothing and may not say so
+        normalize = bool(config.get("do_normalize", "do_flip_channel_order" not in config))
+        mean = tuple(map(float, config.get("image_mean") or (0.5,) * 3))
+        std = tuple(map(float, config.get("image_std") or (0.5,) * 3))
+        twice = config.get("include_top")  # EfficientNet: divided by the deviation once more
         scale = float(config.get("rescale_factor", 1 / 255)) if config.get("do_rescale", True) else 1.0
         return cls(
             resize,
@@ -68,8 +72,8 @@ class ImageProcessor:
             int(BILINEAR if config.get("resample") is None else config["resample"]),
             scale,
             1.0 if config.get("rescale_offset") else 0.0,
-            tuple(map(float, config.get("image_mean") or (0.5,) * 3)) if normalize else (0.0,) * 3,
-            tuple(map(float, config.get("image_std") or (0.5,) * 3)) if normalize else (1.0,) * 3,
+            mean if normalize else (0.0,) * 3,
+            tuple(value ** (normalize + bool(twice)) for value in std),
             bool(config.get("do_flip_channel_order")),
             int(size["longest_edge"]) if isinstance(size, dict) and size.get("longest_edge") else None,
         )

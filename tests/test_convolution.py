@@ -118,7 +118,7 @@ def test_networks_equal_transformers_and_learn_in_the_last_place(family: str, tm
     torch.testing.assert_close(model.eval().logits(pixel_values=x).detach(), wanted, **CONVOLUTION)
     added = inject.attach(model, LoRASettings(rank=2), "all-linear")
     assert added
-    convolutions = family in ("resnet", "mobilenet_v2")
+    convolutions = family in ("resnet", "mobilenet_v2", "efficientnet")
     assert all(isinstance(layer.base, FrozenConv) == convolutions for layer in added.values())
     model.logits(pixel_values=x).square().sum().backward()
     assert all(layer.lora_B.grad is not None and layer.lora_B.grad.any() for layer in added.values())

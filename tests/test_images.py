@@ -23,6 +23,12 @@ PROCESSORS: dict[str, tuple[str, dict[str, Any]]] = {
     "convnext_large": ("convnext.image_processing_pil_convnext:ConvNextImageProcessorPil", {"size": {"shortest_edge": 384}}),
     "mobilenet": ("mobilenet_v2.image_processing_pil_mobilenet_v2:MobileNetV2ImageProcessorPil",
                   {"size": {"shortest_edge": 26}, "crop_size": {"height": 24, "width": 32}}),
+    "efficientnet": ("efficientnet.image_processing_pil_efficientnet:EfficientNetImageProcessorPil",
+                     {"size": {"height": 24, "width": 24}}),
+    "efficientnet_once": ("efficientnet.image_processing_pil_efficientnet:EfficientNetImageProcessorPil",
+                          {"size": {"height": 24, "width": 24}, "include_top": False, "rescale_offset": True}),
+    "mobilevit": ("mobilevit.image_processing_pil_mobilevit:MobileViTImageProcessorPil",
+                  {"size": {"shortest_edge": 26}, "crop_size": {"height": 24, "width": 24}}),
 }  # fmt: skip
 
 

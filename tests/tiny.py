@@ -135,6 +135,12 @@ VISION: dict[str, tuple[str, dict[str, Any]]] = {
     "deit": ("DeiTConfig", {"architectures": ["DeiTForImageClassification"],
                             "image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2,
                             "num_attention_heads": 4, "intermediate_size": 64}),
+    "efficientnet": ("EfficientNetConfig", {"image_size": 32, "width_coefficient": 0.25, "depth_coefficient": 0.25,
+                                            "hidden_dim": 320}),
+    "mobilevit": ("MobileViTConfig", {"image_size": 32, "hidden_sizes": [16, 24, 32], "num_attention_heads": 2,
+                                      "neck_hidden_sizes": [8, 8, 12, 16, 16, 24, 32], "output_stride": 8}),
+    "swin": ("SwinConfig", {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4],
+                            "window_size": 4}),
 }  # fmt: skip
 PREPROCESSOR: dict[str, Any] = {
     "image_processor_type": "ViTImageProcessor", "do_resize": True, "size": {"height": 32, "width": 32}, "resample": 2,

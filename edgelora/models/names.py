@@ -19,6 +19,7 @@ BASE_PREFIXES = {
     "modernbert": "model", "albert": "albert",
     "llama": "model", "mistral": "model", "qwen2": "model", "qwen3": "model", "gemma": "model", "gemma2": "model",
     "vit": "vit", "deit": "deit", "resnet": "resnet", "convnext": "convnext", "mobilenet_v2": "mobilenet_v2",
+    "efficientnet": "efficientnet", "mobilevit": "mobilevit", "swin": "swin",
     "wav2vec2": "wav2vec2", "hubert": "hubert", "audio-spectrogram-transformer": "audio_spectrogram_transformer",
     "gemma3_text": "model", "phi3": "model", "smollm3": "model", "olmo2": "model", "granite": "model",
 }  # fmt: skip
