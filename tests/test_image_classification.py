@@ -23,10 +23,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save_pictures(tmp_path_factory.mktemp("pictures") / "rows", rows=60)
 
 
-NEW = [("swin", "int4", 25)]
-
-
-@pytest.mark.parametrize(("family", "precision", "layers"), [("resnet", "int4", 0), ("vit", "int4", 12), *NEW])
+@pytest.mark.parametrize(("family", "precision", "layers"), [("resnet", "int4", 0), ("vit", "int4", 12), ("swin", "int4", 25)])
 def test_the_whole_line(
     family: str, precision: str, layers: int, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
