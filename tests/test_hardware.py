@@ -111,3 +111,7 @@ def test_rates_are_measured() -> None:
     assert all(rate > 0 for rate in measured.values())
     assert rates.matrix_rates(0.05, fp32=123.0)["fp32"] == 123.0
     assert rates.read_bandwidth(1, 64 << 20, seconds=0.02) > 0.1
+
+
+def test_free_memory_is_what_psutil_says() -> None:
+    assert hardware._free_memory() == pytest.approx(psutil.virtual_memory().available, rel=0.2)
