@@ -78,8 +78,10 @@ def open_native(model: Path, *, threads: int, place: Callable[[Path, int], Path 
     if reason() is not None:
         return None
     try:
-        program = program_of(read_graph(model))
-        return NativeDecoder(program, threads, place and functools.partial(place, model))
+        graph = read_graph(model)
+        decoder = NativeDecoder(program_of(graph), threads, place and functools.partial(place, model))
+        graph.release()
+        return decoder
     except (BrokenGraphError, UnknownGraphError):
         return None
 

@@ -6,9 +6,10 @@ field number × 8 + type; types are 0 varint, 1 eight bytes, 2 length and bytes,
 
 from __future__ import annotations
 
+import mmap
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,13 @@ class Graph:
     producer: str
     nodes: list[Node]
     tensors: dict[str, NDArray[Any]]  # initializers; those beside the graph are mapped, not read
+    files: list[NDArray[np.uint8]] = field(default_factory=list)  # that are mapped
+
+    def release(self) -> None:
+        """Give back the memory of what was read so far: a page of a file that is touched may bring 2 MB of it along."""
+        for file in self.files:
+            if hasattr(mmap, "MADV_DONTNEED"):
+                file._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]  # what is wanted again is read again
 
 
 def read_graph(path: Path) -> Graph:
@@ -50,13 +58,15 @@ def read_graph(path: Path) -> Graph:
                 producer = text(value)
             elif number == 7:
                 graph = value
-        return Graph(producer, *contents(graph, path))
+        files = Files(path)
+        nodes, tensors = contents(graph, files)
+        return Graph(producer, nodes, tensors, list(files.mapped.values()))
     except (IndexError, TypeError, ValueError, OSError, struct.error, KeyError) as error:
         raise BrokenGraphError(str(error)) from None
 
 
-def contents(graph: Any, path: Path) -> tuple[list[Node], dict[str, NDArray[Any]]]:
-    nodes, tensors, files = [], {}, Files(path)
+def contents(graph: Any, files: Files) -> tuple[list[Node], dict[str, NDArray[Any]]]:
+    nodes, tensors = [], {}
     for number, value in fields(graph):
         if number == 1:
             nodes.append(node(value))

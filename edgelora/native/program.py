@@ -63,6 +63,7 @@ class Reader:
         self.counted = {"input_ids", "attention_mask", "num_logits_to_keep"}  # values that count positions
         self.halves: dict[str, tuple[str, int]] = {}  # outputs of Split, SiLU: the value they are of, and which half
         self.unpacking: list[Node] = []
+        self.tables: dict[str, NDArray[Any]] = {}
         self.name = ""  # of the node that is read
         self.unrounded = ""  # the value of an attention, until a product reads it
         self.ended = False
@@ -117,7 +118,7 @@ class Reader:
     def norm(self, node: Node) -> None:
         skips = node.operator.startswith("Skip")
         width = self.width(node.inputs[0])
-        weight = self.weight(node.inputs[1 + skips], np.float32)
+        weight = self.weight(node.inputs[1 + skips], np.float32).copy()  # small: the file's pages can go
         if weight.shape != (width,) or len(node.inputs) > 2 + skips or node.attributes.get("axis", -1) != -1:
             raise UnknownGraphError("a norm with a bias, or over another axis")
         skip = self.places[node.inputs[1]] if skips else -1
@@ -165,7 +166,7 @@ class Reader:
             or len(node.inputs) > 9
         ):
             raise UnknownGraphError("attention with a cap, or without rotary positions")
-        cosines, sines = (self.weight(name, np.float32) for name in node.inputs[7:9])
+        cosines, sines = (self.table(name) for name in node.inputs[7:9])
         dim, layer = 2 * cosines.shape[1], len(self.program.cache_shapes) // 2
         if 0 <= int(node.attributes.get("local_window_size") or -1) < len(cosines):
             raise UnknownGraphError("attention over a window")
@@ -213,6 +214,12 @@ class Reader:
         self.places[node.outputs[0]] = self.places[node.inputs[0]]
         if node.inputs[0] == self.unrounded:
             self.unrounded = node.outputs[0]
+
+    def table(self, name: str) -> NDArray[Any]:
+        """Return a copy of a table that all layers read; one for all."""
+        if name not in self.tables:
+            self.tables[name] = self.weight(name, np.float32).copy()
+        return self.tables[name]
 
     def weight(self, name: str, dtype: Any) -> NDArray[Any]:
         found = self.graph.tensors.get(name)
