@@ -187,6 +187,17 @@ def test_streamed_pieces_join_to_the_decoded_text(tmp_path: Path) -> None:
     pieces = [stream.step(token) for token in tokenizer.encode(text, add_special_tokens=False)]
     assert "".join(pieces) == text
     assert "" in pieces  # a byte of a longer character is held back
+    assert stream.rest() == ""
+
+
+def test_bytes_that_never_become_a_character_are_shown_at_the_end(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer(tmp_path)
+    ids = tokenizer.encode("né 🙂", add_special_tokens=False)[:-1] * 2
+    ids += ids[-2:] * 40  # longer than what is decoded again
+    stream = tokenizer.stream()
+    shown = "".join(stream.step(token) for token in ids)
+    assert shown + stream.rest() == tokenizer.decode(ids)
+    assert stream.rest() == ""
 
 
 def test_configs_in_all_their_spellings(tmp_path: Path) -> None:

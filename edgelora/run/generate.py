@@ -220,7 +220,7 @@ class Answer:
             if held.found:
                 self.finish = "stop"
                 return
-        rest = held.rest()
+        rest = held.push(stream.rest()) + held.rest()
         self.text += rest
         if rest:
             yield rest
