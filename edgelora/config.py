@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,6 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from edgelora.errors import SettingsError, did_you_mean
 
 Config = TypeVar("Config", "FinetuneConfig", "GenerateConfig", "ServeConfig")
-
 PRECISIONS = ("int4", "int8", "int3", "int2", "fp32")  # of what ships, the usual one first
 
 
@@ -188,6 +186,8 @@ class ServeConfig:
 
 def load_toml(path: Path, base: Config) -> Config:
     """Return `base` with the values of a TOML file; every unknown key and wrong type is reported at once."""
+    import tomllib
+
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

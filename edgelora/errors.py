@@ -12,7 +12,6 @@ EdgeLoRAError
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Sequence
 
 
@@ -64,5 +63,7 @@ class Interrupted(EdgeLoRAError):
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:
     """Return ' Did you mean "x"?' for the closest allowed name, or an empty string."""
+    import difflib  # not at the top: what opens a bundle would wait for it
+
     close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)
     return f' Did you mean "{close[0]}"?' if close else ""

@@ -85,15 +85,23 @@ def rss_mb() -> float:
 
 def physical_cores() -> int:
     """Return the physical cores that this process may use: affinity and the cgroup's CPU quota are counted."""
-    import psutil
-
-    allowed = [psutil.cpu_count(logical=False) or os.cpu_count() or 1]
+    allowed = [_topology() or os.cpu_count() or 1]
     if hasattr(os, "sched_getaffinity"):
         allowed.append(len(os.sched_getaffinity(0)))
     quota = _cpu_quota()
     if quota is not None:
         allowed.append(max(1, math.ceil(quota)))
     return min(allowed)
+
+
+def _topology() -> int | None:
+    """Return the physical cores of the machine, None where they are not told: by Linux's own files, sooner than by psutil."""
+    threads = {_read(file) for file in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/topology/thread_siblings_list")}
+    if threads - {""}:
+        return len(threads - {""})
+    import psutil
+
+    return psutil.cpu_count(logical=False)
 
 
 def instruction_sets() -> list[str]:

@@ -236,10 +236,6 @@ class Tokenizer:
         return ids, supervised
 
 
-CONTEXT = 8
-"""Tokens before a text's held ones that they are decoded with: alone, some decoders take the space before a text away."""
-
-
 class DecodeStream:
     """Text of ids that come one by one; characters of several tokens are held back until they are whole."""
 
@@ -253,13 +249,11 @@ class DecodeStream:
         self.held.append(int(token))
         piece = str(self.state.step(self.native, int(token)) or "")
         if piece:
-            self.shown, self.held = self.held[-CONTEXT:], []
+            self.shown, self.held = self.held[-1:], []  # alone, some decoders take the space before a text away
         return piece
 
     def rest(self) -> str:
         """Return what was held back when no more ids come: bytes that never became a character, as `decode` shows them."""
-        if not self.held:
-            return ""
         before, both = (self.native.decode(ids) for ids in (self.shown, self.shown + self.held))
         self.held = []
         return str(both.removeprefix(before))

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
+import tokenizers
 import tolerances
 
 from edgelora.bundle import DecoderFigures, open_bundle
 from edgelora.errors import FolderError, ModelError, SettingsError
 from edgelora.export.export import export
+from edgelora.export.files import compact
 from edgelora.merging.merge import merge
 
 
@@ -202,3 +204,33 @@ def test_a_run_is_merged_and_scored_again(model: Path, tmp_path: Path) -> None:
     manifest = open_bundle(tmp_path / "bundle").manifest
     assert manifest["settings"]["max_steps"] == 4
     assert manifest["data"] == "rows.jsonl"
+
+
+def merging_tokenizer(merges: list[tuple[str, str]]) -> bytes:
+    """Return a tokenizer.json with these merges as lists, spread over lines as transformers writes it."""
+    letters = sorted({letter for pair in merges for piece in pair for letter in piece})
+    vocabulary = {text: place for place, text in enumerate([*letters, *("".join(pair) for pair in merges)])}
+    native = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges))
+    return native.to_str(pretty=True).encode()
+
+
+@pytest.mark.parametrize(
+    ("merges", "written"),
+    [
+        ([("n", "o"), ("no", "é")], ["n o", "no é"]),
+        ([("n", "o"), (" ", "b"), ("no", " b")], [["n", "o"], [" ", "b"], ["no", " b"]]),
+    ],
+)
+def test_the_tokenizer_of_a_bundle_is_small_and_the_same(merges: list[tuple[str, str]], written: list[Any]) -> None:
+    given = merging_tokenizer(merges)
+    made = compact(given)
+    assert len(made) < len(given) * 2 / 3
+    assert json.loads(made)["model"]["merges"] == written
+    one, other = (tokenizers.Tokenizer.from_str(text.decode()) for text in (given, made))
+    assert one.to_str() == other.to_str()
+
+
+def test_a_tokenizer_without_merges_stays_what_it_is() -> None:
+    native = tokenizers.Tokenizer(tokenizers.models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+    given = native.to_str(pretty=True).encode()
+    assert json.loads(compact(given)) == json.loads(given)

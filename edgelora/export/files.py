@@ -135,7 +135,8 @@ def write_tokenizer(folder: Path, facts: BundleFacts) -> None:
     for name in COPIED:
         source = facts.source / name
         if source.is_file():
-            (folder / name).write_bytes(source.read_bytes())
+            content = source.read_bytes()
+            (folder / name).write_bytes(compact(content) if name == "tokenizer.json" else content)
     config = read_json(facts.source / "tokenizer_config.json")
     if not (facts.source / "tokenizer.json").is_file():
         if config:  # of single letters: transformers' own class reads vocab.json
@@ -158,6 +159,18 @@ def write_tokenizer(folder: Path, facts: BundleFacts) -> None:
     if isinstance(config.get("chat_template"), str):
         (folder / "chat_template.jinja").write_text(config["chat_template"], encoding="utf-8", newline="\n")
     write_json(folder / "tokenizer_config.json", config)
+
+
+def compact(tokenizer: bytes) -> bytes:
+    """Return a tokenizer.json without white space, and merges as "a b", their older form, where no piece has a space.
+
+    SmolLM2's: 3.5 to 1.4 MB, parsed in two thirds of the time, which is a third of a bundle's load.
+    """
+    content = json.loads(tokenizer)
+    merges = content["model"].get("merges")
+    if merges and all(isinstance(merge, list) and not any(" " in piece for piece in merge) for merge in merges):
+        content["model"]["merges"] = [" ".join(merge) for merge in merges]
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 def preprocessor(facts: BundleFacts) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def open_native(model: Path, *, threads: int, place: Callable[[Path, int], Path 
         return None
     try:
         graph = read_graph(model)
-        decoder = NativeDecoder(program_of(graph), threads, place and functools.partial(place, model))
+        decoder = NativeDecoder(program_of(graph), threads, place and functools.partial(place, model), graph.release)
         graph.release()
         return decoder
     except (BrokenGraphError, UnknownGraphError):
@@ -93,14 +93,20 @@ class NativeDecoder:
     selects = True  # how many positions get logits
     cache_type = np.float16
 
-    def __init__(self, program: Program, threads: int, place: Callable[[int], Path | None] | None = None) -> None:
+    def __init__(
+        self,
+        program: Program,
+        threads: int,
+        place: Callable[[int], Path | None] | None = None,
+        release: Callable[[], None] = lambda: None,
+    ) -> None:
         """Pack the weights of a program, or take them from the file that `place` names for their size.
 
         Raises UnknownGraphError where they cannot be, MemoryError.
         """
         loaded = library()
         assert loaded is not None
-        self.reading = use_packed(program, loaded, place and place(packed_bytes(program, loaded)))
+        self.reading = use_packed(program, loaded, place and place(packed_bytes(program, loaded)), release)
         self.program, self.library = program, loaded
         self.vocab_size, self.cache_shapes = program.vocab_size, program.cache_shapes
         self.positions = program.positions

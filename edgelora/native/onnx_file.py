@@ -69,9 +69,9 @@ def contents(graph: Any, files: Files) -> tuple[list[Node], dict[str, NDArray[An
     nodes, tensors = [], {}
     for number, value in fields(graph):
         if number == 1:
-            nodes.append(node(value))
+            nodes.append(node(bytes(value)))
         elif number == 5:
-            name, array = tensor(value, files)
+            name, array = tensor(bytes(value), files)
             tensors[name] = array
     return nodes, tensors
 
@@ -159,14 +159,14 @@ def fields(data: Any) -> Iterator[tuple[int, Any]]:
     """Yield the fields of a message: numbers of varints, memory of everything else."""
     at, end = 0, len(data)
     while at < end:
-        key, at = varint(data, at)
+        key, at = varint(data, at) if data[at] > 127 else (data[at], at + 1)  # most numbers are of one byte
         kind = key & 7
         if kind == 0:
             value, at = varint(data, at)
             yield key >> 3, value
             continue
         if kind == 2:
-            length, at = varint(data, at)
+            length, at = varint(data, at) if data[at] > 127 else (data[at], at + 1)
         elif kind in (1, 5):
             length = 8 if kind == 1 else 4
         else:

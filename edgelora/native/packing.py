@@ -6,8 +6,7 @@ import contextlib
 import ctypes
 import os
 import sys
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -41,21 +40,21 @@ def products(program: Program, library: ctypes.CDLL) -> Iterator[tuple[Operation
             yield step, end
 
 
-def use_packed(program: Program, library: ctypes.CDLL, path: Path | None) -> Later[None] | None:
+def use_packed(program: Program, library: ctypes.CDLL, path: Path | None, release: Callable[[], None]) -> Later[None] | None:
     """Let a program's products read packed weights: those of `path`, which is written if it is not there; without a path, or
     where it cannot be written, those in memory of this process. Return what has to end before they are used.
 
-    Raises UnknownGraphError where scales are not bf16 numbers.
+    `release` gives back the memory of the weights that were packed. Raises UnknownGraphError where scales are not bf16 numbers.
     """
-    size, reading = packed_bytes(program, library), None
-    opened = None if path is None else open_file(path, size)
-    if opened is None:
-        found = packed(program, library, size)
-        if path is not None:
+    size = packed_bytes(program, library)
+    opened = None
+    if path is not None:
+        opened = open_file(path, size)
+        if opened is None:
             with contextlib.suppress(OSError):
-                write(path, found)
-    else:
-        found, reading = opened
+                write(path, program, library, release)
+                opened = open_file(path, size)
+    found, reading = opened or (packed(program, library, size), None)
     start = 0
     program.kept.append(found)
     tables = {step.codes: step for step in program.operations if step.kind == EMBED}
@@ -68,18 +67,20 @@ def use_packed(program: Program, library: ctypes.CDLL, path: Path | None) -> Lat
 
 
 def packed(program: Program, library: ctypes.CDLL, size: int) -> NDArray[np.uint8]:
-    found = aligned(size)
-    found[:] = 0
-    start = 0
+    found, start = aligned(size), 0
     for step, end in products(program, library):
-        scales = np.ctypeslib.as_array((ctypes.c_uint32 * (step.n * step.k // step.block)).from_address(step.scales))
-        if (scales & 0xFFFF).any():
-            raise UnknownGraphError("scales that are not bf16 numbers")
-        library.edgelora_pack(
-            step.codes, step.scales, step.n, step.k, step.bits, step.block, found[start:].ctypes.data if size else None
-        )
+        pack(step, library, found[start:end])
         start = end
     return found
+
+
+def pack(step: Operation, library: ctypes.CDLL, room: NDArray[np.uint8]) -> None:
+    """Write a product's weights to `room`. Raises UnknownGraphError where scales are not bf16 numbers."""
+    scales = np.ctypeslib.as_array((ctypes.c_uint32 * (step.n * step.k // step.block)).from_address(step.scales))
+    if (scales & 0xFFFF).any():
+        raise UnknownGraphError("scales that are not bf16 numbers")
+    room[:] = 0
+    library.edgelora_pack(step.codes, step.scales, step.n, step.k, step.bits, step.block, room.ctypes.data)
 
 
 def open_file(path: Path, size: int) -> tuple[NDArray[Any], Later[None] | None] | None:
@@ -118,14 +119,22 @@ def aligned(size: int) -> NDArray[np.uint8]:
     return room[-room.ctypes.data % HUGE_PAGE :][:size]
 
 
-def write(path: Path, content: NDArray[np.uint8]) -> None:
-    """Write a file whole or not at all."""
+def write(path: Path, program: Program, library: ctypes.CDLL, release: Callable[[], None]) -> None:
+    """Write the packed weights of a program, whole or not at all, with those of one product in memory at a time."""
+    import tempfile
+
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=".", dir=path.parent)
     try:
+        start = 0
         with os.fdopen(handle, "wb") as file:
-            file.write(content.data)
+            for step, end in products(program, library):
+                room = aligned(end - start)
+                pack(step, library, room)
+                file.write(room.data)
+                release()
+                start = end
         os.replace(name, path)
-    except OSError:
+    except BaseException:
         Path(name).unlink(missing_ok=True)
         raise

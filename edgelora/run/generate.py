@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from edgelora.config import GenerateConfig
 from edgelora.errors import UserError
-from edgelora.later import Later
 from edgelora.memory import trim
 from edgelora.run.adapters import Adapter, initializers, read_factors
 from edgelora.run.decoder import DecoderSession
@@ -40,14 +39,12 @@ class Generator:
         threads: int | None = None,
         adapter: Adapter | None = None,
         native: bool = True,
-        tokenizer: Later[Tokenizer] | None = None,
     ) -> None:
-        """Open a bundle; `tokenizer` is its own, where somebody has begun to read it. `native`: see DecoderSession."""
+        """Open a bundle. `native`: see DecoderSession."""
         self.bundle, self.threads, self.native = bundle, threads, native
-        reading = tokenizer or Later(lambda: Tokenizer.from_folder(bundle.folder))
         self.adapter = adapter
         self.decoder = self._open(adapter)
-        self.tokenizer = reading.result()
+        self.tokenizer = Tokenizer.from_folder(bundle.folder)  # while weights are read
         trim()  # a vocabulary is read through ten times its memory
         self.prefix = shipped(bundle)
         self.kept = Kept()

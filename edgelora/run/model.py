@@ -14,12 +14,10 @@ from edgelora.tasks import TASKS, get_task
 
 if TYPE_CHECKING:
     from edgelora.bundle import Bundle
-    from edgelora.later import Later
     from edgelora.run.adapters import Adapter
     from edgelora.run.classify import Classifier
     from edgelora.run.generate import Answer, Generator
     from edgelora.run.seq2seq import Writer
-    from edgelora.tokenizer import Tokenizer
 
 Prompt = str | Sequence[Mapping[str, Any]]  # a text, or chat messages {"role": …, "content": …}
 
@@ -32,14 +30,10 @@ def load(bundle: str | Path, *, threads: int | None = None, adapter: str | None 
     Raises FolderError where it is no bundle or a damaged one, SettingsError where it has no such adapter.
     """
     from edgelora.bundle import open_bundle
-    from edgelora.later import Later
     from edgelora.run.packed import mark_checked, packed_from
-    from edgelora.tokenizer import Tokenizer
 
-    folder = Path(bundle)
-    reading = Later(lambda: Tokenizer.from_folder(folder)) if (folder / "tokenizer.json").is_file() else None
-    opened = open_bundle(folder, known=packed_from)
-    model = Model(opened, threads=threads, adapter=adapter, native=native, tokenizer=reading)
+    opened = open_bundle(Path(bundle), known=packed_from)
+    model = Model(opened, threads=threads, adapter=adapter, native=native)
     if model.runs_native:
         mark_checked(model.bundle.model_path)
     return model
@@ -55,9 +49,7 @@ class Model:
         threads: int | None = None,
         adapter: str | None = None,
         native: bool = True,
-        tokenizer: Later[Tokenizer] | None = None,
     ) -> None:
-        """`tokenizer` is a decoder's, where it is being read already, which takes as long as all the rest."""
         found = None if adapter is None else find(bundle, adapter)
         self.bundle = bundle
         self.task = bundle.task
@@ -68,7 +60,7 @@ class Model:
         if self.task == "text-generation":
             from edgelora.run.generate import Generator
 
-            self._generator = Generator(bundle, threads=threads, adapter=found, native=native, tokenizer=tokenizer)
+            self._generator = Generator(bundle, threads=threads, adapter=found, native=native)
         elif self.task in TASKS and get_task(self.task).writes:
             from edgelora.run.seq2seq import Writer
 

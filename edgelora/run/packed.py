@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,6 +131,8 @@ def write_entry(entry: Path, model: Path, threads: int | None) -> None:
 
     The session that writes is of no other use: it may compute zeros.
     """
+    import tempfile
+
     staging = Path(tempfile.mkdtemp(prefix=".", dir=entry.parent))
     try:
         open_session(model, threads=threads, entries=ENTRIES, write=staging / GRAPH)

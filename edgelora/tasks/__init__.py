@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Iterable
 
@@ -50,6 +49,8 @@ def guess_task(columns: Iterable[str]) -> Task:
         fits += [(len(shape), task) for shape in task.shapes if found.issuperset(shape)]
     if fits:
         return max(fits, key=lambda fit: fit[0])[1]
+    import difflib
+
     shapes = [(name, shape) for name in TASKS for shape in get_task(name).shapes]
     known = {column for _, shape in shapes for column in shape} - found
     matches = {column: match for column in sorted(found) for match in difflib.get_close_matches(column, known, n=1)}

@@ -3,7 +3,8 @@
     python -m device_bench.sides.NAME REQUEST.json
 
 REQUEST is {"model", "prompts": [[token id, …], …], "new_tokens", "threads", "text": [token id, …]}. The first prompt warms up
-and is not timed. Prints one JSON object: load_s (imports included), medians over the other prompts of prefill and decode in
+and is not timed but with all before it. Prints one JSON object: load_s (imports included), first_token_s (load and the first
+prompt: what a side leaves to its first use is in it), medians over the other prompts of prefill and decode in
 tokens/s, and where there is a text its loss, in nats a token: what the rounding of a side's weights costs.
 """
 
@@ -46,6 +47,7 @@ def main(load: Callable[[dict[str, Any]], Runner]) -> None:
         started = time.perf_counter()
         token = runner.prefill(ids)
         prefilled = time.perf_counter()
+        figures.setdefault("first_token_s", prefilled - STARTED)
         answer = [token]
         for _ in range(count):
             token = runner.step(token)
