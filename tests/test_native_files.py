@@ -80,7 +80,7 @@ def test_packed_weights_are_kept(model: Path, monkeypatch: pytest.MonkeyPatch, t
 def test_a_file_that_cannot_be_read_is_said(model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("EDGELORA_PACKED_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(run_packed, "LEAST_BYTES", 1)
-    native_of(model)
+    all_logits(native_of(model), IDS[:1])
     (kept,) = (tmp_path / "cache").iterdir()
     room = np.empty(kept.stat().st_size + 1, np.uint8)
     with pytest.raises(MachineError, match="cannot be read: it ends too early"):

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgelora.later import Later
 from edgelora.native.onnx_file import BrokenGraphError, read_graph
 from edgelora.native.operations import Operation, Program
 from edgelora.native.packing import packed_bytes, use_packed
@@ -106,7 +107,8 @@ class NativeDecoder:
         """
         loaded = library()
         assert loaded is not None
-        self.reading = use_packed(program, loaded, place and place(packed_bytes(program, loaded)), release)
+        self.unread = use_packed(program, loaded, place and place(packed_bytes(program, loaded)), release)
+        self.reading: Later[None] | None = None
         self.program, self.library = program, loaded
         self.vocab_size, self.cache_shapes = program.vocab_size, program.cache_shapes
         self.positions = program.positions
@@ -122,6 +124,11 @@ class NativeDecoder:
         self._ids = np.zeros(CHUNK, np.int64)
         self._logits = np.empty((1, self.vocab_size), np.float32)
         weakref.finalize(self, loaded.edgelora_close, self.handle)
+
+    def read_ahead(self) -> None:
+        """Begin to read the weights, where they are read and not mapped, while something else is done."""
+        if self.unread is not None:
+            self.reading, self.unread = Later(self.unread), None
 
     def set_cache(self, cache: Mapping[str, NDArray[Any]]) -> None:
         """Let keys and values be read and written in these arrays `[1, kv_heads, capacity, head_dim]`, all of one capacity."""
@@ -140,6 +147,7 @@ class NativeDecoder:
 
         Raises ValueError where an id is not of the vocabulary.
         """
+        self.read_ahead()
         if self.reading is not None:
             self.reading.result()
             self.reading = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -15,7 +16,6 @@ from numpy.typing import NDArray
 
 from edgelora.errors import MachineError
 from edgelora.hardware import available_memory
-from edgelora.later import Later
 from edgelora.native.operations import EMBED, PRODUCT, Operation, Program
 from edgelora.native.program import UnknownGraphError
 
@@ -40,9 +40,11 @@ def products(program: Program, library: ctypes.CDLL) -> Iterator[tuple[Operation
             yield step, end
 
 
-def use_packed(program: Program, library: ctypes.CDLL, path: Path | None, release: Callable[[], None]) -> Later[None] | None:
+def use_packed(
+    program: Program, library: ctypes.CDLL, path: Path | None, release: Callable[[], None]
+) -> Callable[[], None] | None:
     """Let a program's products read packed weights: those of `path`, which is written if it is not there; without a path, or
-    where it cannot be written, those in memory of this process. Return what has to end before they are used.
+    where it cannot be written, those in memory of this process. Return what has to be called before they are used.
 
     `release` gives back the memory of the weights that were packed. Raises UnknownGraphError where scales are not bf16 numbers.
     """
@@ -83,8 +85,8 @@ def pack(step: Operation, library: ctypes.CDLL, room: NDArray[np.uint8]) -> None
     library.edgelora_pack(step.codes, step.scales, step.n, step.k, step.bits, step.block, room.ctypes.data)
 
 
-def open_file(path: Path, size: int) -> tuple[NDArray[Any], Later[None] | None] | None:
-    """Return what a file holds, and what has to end before it is there; None where there is no such file of that size.
+def open_file(path: Path, size: int) -> tuple[NDArray[Any], Callable[[], None] | None] | None:
+    """Return what a file holds, and what has to be called before it is there; None where there is no such file of that size.
 
     It is mapped, or, where it is a small part of the memory, read: numpy asks Linux for huge pages for large arrays, and files
     have none, where every 4 KB of a token's way through the weights cost a walk through page tables (SmolLM2: a quarter more).
@@ -98,7 +100,7 @@ def open_file(path: Path, size: int) -> tuple[NDArray[Any], Later[None] | None] 
         room, file = aligned(size), path.open("rb")
     except (OSError, ValueError):
         return None
-    return room, Later(lambda: read_whole(file, room))
+    return room, functools.partial(read_whole, file, room)
 
 
 def read_whole(file: BinaryIO, room: NDArray[np.uint8]) -> None:

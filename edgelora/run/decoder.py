@@ -57,6 +57,11 @@ class DecoderSession:
         """The session of ONNX Runtime, where that is what runs."""
         return self.engine if isinstance(self.engine, BoundDecoder) else None
 
+    def read_ahead(self) -> None:
+        """Begin to read what the first prompt needs, while something else is done."""
+        if not isinstance(self.engine, BoundDecoder):
+            self.engine.read_ahead()
+
     def set_factors(self, factors: Mapping[str, ort.OrtValue]) -> None:
         """Let an adapter's A and B, by the graph's input names, act from now on; without any, the base alone.
 

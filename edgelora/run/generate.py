@@ -44,8 +44,9 @@ class Generator:
         self.bundle, self.threads, self.native = bundle, threads, native
         self.adapter = adapter
         self.decoder = self._open(adapter)
-        self.tokenizer = Tokenizer.from_folder(bundle.folder)  # while weights are read
+        self.tokenizer = Tokenizer.from_folder(bundle.folder)
         trim()  # a vocabulary is read through ten times its memory
+        self.decoder.read_ahead()  # not before: new memory for weights lets all who ask for a little wait
         self.prefix = shipped(bundle)
         self.kept = Kept()
         self.store = find_store(bundle)

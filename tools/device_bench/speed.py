@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -92,7 +93,8 @@ def measure(
     asked, text = prompts(work, tokens), passage(work)
     records: dict[str, list[Record]] = {side.name: [] for side in contestants}
     for turn in range(rounds):
-        for side in contestants:
+        # In another order each time: what starts after a large process finds its caches and free pages used up.
+        for side in random.Random(turn).sample(contestants, len(contestants)):
             request = work / "device" / f"request-{side.module}.json"
             content = {"model": str(side.model), "prompts": asked, "new_tokens": new_tokens, "threads": threads}
             content["native"] = side.native
