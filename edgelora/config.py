@@ -147,16 +147,13 @@ class GenerateConfig:
     )
     top_k: int = setting(0, "Sample among the K likeliest tokens; 0: all.", flag=True, allowed=AT_LEAST_0)
     top_p: float = setting(
-        1.0,
-        "Sample among the likeliest tokens that together have this probability.",
-        flag=True,
-        allowed=Range(0, 1, above=True),
+        1.0, "Sample among the likeliest tokens of this probability together.", flag=True, allowed=Range(0, 1, above=True)
     )
     min_p: float = setting(0.0, "Sample among tokens at least this likely, against the likeliest.", flag=True, allowed=SHARE)
     repetition_penalty: float = setting(1.0, "Above 1, tokens that occurred become less likely.", flag=True, allowed=ABOVE_0)
     stop: tuple[str, ...] | None = setting(None, "End the answer before this text; may be given more than once.", flag=True)
     seed: int = setting(0, "Seed of the sampling.", flag=True, allowed=SEEDS)
-    speculate: bool | None = setting(  # by default where that changes no answer: with kernels of our own
+    speculate: bool | None = setting(
         None, "Draft tokens from the text so far, check several at once; default: where EdgeLoRA's kernels run.", flag=True
     )
     num_beams: int | None = setting(
@@ -168,6 +165,7 @@ class GenerateConfig:
     no_repeat_ngram_size: int | None = setting(
         None, "N-grams of this size occur once in a translation or summary; 0: any. Default: the bundle's.", allowed=AT_LEAST_0
     )
+    times: bool = setting(False, "Of speech: with the times at which it is said.", flag=True)
     system: str | None = setting(None, "System turn put before the prompt.", flag=True)
     raw: bool = setting(False, "Give the prompt to the model as it is, without the chat template.", flag=True)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from edgelora.audio import AudioProcessor
 from edgelora.errors import ModelError
 from edgelora.search import Search
+from edgelora.times import STEP, Times
 from edgelora.writing import Writing
 
 NO_TIMES = "<|notimestamps|>"
@@ -38,6 +39,14 @@ class Transcribing(Writing):
         places = int(self.settings.get("max_target_positions") or 448)
         return Search.from_settings(self.settings, self.prompt, self.eos).limited(places - len(self.prompt))
 
+    def times(self, seconds: float) -> Times:
+        """Return the tokens of time of a window of so many seconds. Raises ModelError where the model has none."""
+        none, end = self.prompt[-1], self.eos[0]
+        times = Times(none + 1, none + 1 + round(seconds / STEP), none, end)
+        if int(self.settings.get("vocab_size") or 0) <= times.last:
+            raise ModelError("the model has no tokens of time", hint="leave --times out")
+        return times
+
     def encode_target(self, text: str) -> list[int]:
         return [*self.prompt[1:], *self.target.encode(f" {text.strip()}", add_special_tokens=False), self.eos[0]]
 
@@ -46,6 +55,11 @@ class Transcribing(Writing):
 class Listening:
     audio: AudioProcessor
     writing: Transcribing
+
+    @property
+    def times(self) -> Times:
+        """The tokens of time of the model's window. Raises ModelError where it has none."""
+        return self.writing.times(int(self.audio.window or 0) / self.audio.rate)
 
     @classmethod
     def from_folder(cls, folder: Path) -> Listening:

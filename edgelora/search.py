@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from edgelora.times import Times
+
 Scores = NDArray[np.float32]
 NEVER = np.float32(-1e9)  # the score of what is not there, as transformers has it: below every sum of log probabilities
 DEFAULT_TOKENS = 256
@@ -49,6 +51,7 @@ class Search:
     forced_eos: int | None = None
     banned: tuple[int, ...] = ()
     banned_first: tuple[int, ...] = ()
+    times: Times | None = None  # where tokens of time are wanted
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any], prompt: Sequence[int], eos: Sequence[int]) -> Search:
@@ -102,6 +105,8 @@ class Search:
         scores[:, list(self.banned)] = -np.inf
         if length == started:
             scores[:, list(self.banned_first)] = -np.inf
+        if self.times is not None:
+            self.times.limit(scores, [sequence[started:] for sequence in sequences])
         return scores
 
 

@@ -23,12 +23,14 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.save_pictures(tmp_path_factory.mktemp("pictures") / "rows", rows=60)
 
 
-@pytest.mark.parametrize(("family", "precision", "layers"), [("resnet", "int4", 0), ("vit", "int4", 12), ("swin", "int4", 25)])
+@pytest.mark.parametrize(("family", "precision", "layers"), [
+    ("resnet", "int4", 0), ("vit", "int4", 12), ("swin", "int4", 25), ("efficientnet", "int4", 0), ("mobilevit", "int4", 54),
+])  # fmt: skip
 def test_the_whole_line(
     family: str, precision: str, layers: int, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("edgelora.export.int8.times", lambda *_: (1.0, 1.0))  # int8 is no faster: what is measured varies
-    model = tiny.save_vision(tmp_path / "model", family, labels=7)
+    model = tiny.save_vision(tmp_path / "model", family, labels=7, settled=family in ("efficientnet", "mobilevit"))
     config = FinetuneConfig(precision=precision, epochs=8.0, batch_size=8, rank=4, learning_rate=1e-2)
     figures = finetune(str(model), str(pictures), tmp_path / "run", config)
     assert figures["valid"]["accuracy"] > 0.6

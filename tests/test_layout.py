@@ -35,6 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "chat_template",
         "preprocessor",
         "images",
+        "times",
         "search",
         "writing",
         "audio",

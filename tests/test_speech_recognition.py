@@ -13,7 +13,7 @@ import tiny_whisper
 import torch
 from tolerances import LOGITS_FP32
 
-from edgelora.config import FinetuneConfig
+from edgelora.config import FinetuneConfig, GenerateConfig
 from edgelora.errors import DataError, ModelError, SettingsError
 from edgelora.evaluate import evaluate
 from edgelora.export.export import export
@@ -24,6 +24,7 @@ from edgelora.models.window import shorten
 from edgelora.run.answer import run
 from edgelora.tasks import get_task
 from edgelora.tasks.transcripts import plain
+from edgelora.times import Times
 from edgelora.train.finetune import finetune
 
 soundfile = pytest.importorskip("soundfile")
@@ -91,6 +92,82 @@ def test_the_whole_line(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "cut.wav").write_bytes(b"RIFF")
     with pytest.raises(DataError, match="cannot be read as sound"):
         run(tmp_path / "bundle", [str(tmp_path / "cut.wav")])
+
+
+@pytest.fixture(scope="module")
+def timed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_whisper.save_whisper(tmp_path_factory.mktemp("whisper") / "timed", times=True)
+
+
+def test_times_follow_the_rules_of_the_class(timed: Path) -> None:
+    from transformers.generation.logits_process import WhisperTimeStampLogitsProcessor
+
+    theirs = transformers_generation_config(timed)
+    times = TASK.open_processor(timed).times
+    assert (times.first, times.last) == (266, 316)
+    rules = WhisperTimeStampLogitsProcessor(theirs, begin_index=1)
+    random = np.random.default_rng(0)
+    for length in (0, 1, 1, 2, 3, 5, 8) * 6:
+        written: list[list[int]] = [[] for _ in range(6)]
+        for _ in range(length):  # only what the rules allow comes before
+            scores = spread(random, times)
+            times.limit(scores, written)
+            for tokens, row in zip(written, scores, strict=True):
+                tokens.append(int(row.argmax()))
+        scores = spread(random, times)
+        ids = torch.tensor([[tiny_whisper.START, *tokens] for tokens in written])
+        wanted = rules(ids, torch.tensor(scores)).numpy()
+        times.limit(scores, written)
+        np.testing.assert_array_equal(scores, wanted)
+
+
+def transformers_generation_config(folder: Path) -> Any:
+    import transformers
+
+    config = transformers.GenerationConfig.from_pretrained(folder)
+    config.no_timestamps_token_id, config.max_initial_timestamp_index = tiny_whisper.NO_TIMES, 50
+    return config
+
+
+def spread(random: np.random.Generator, times: Times) -> Any:
+    """Return random scores, in half of the rows such that times are likelier than the rest."""
+    scores = random.normal(size=(6, times.last + 1)).astype(np.float32) * 2
+    scores[:3, times.first :] += 3
+    return scores
+
+
+def test_what_is_said_has_its_times(timed: Path, tmp_path: Path) -> None:
+    sound = sorted(tiny.save_sounds(tmp_path / "sounds", 3).glob("*/*.wav"))[0]
+    export(str(timed), tmp_path / "bundle", precision="fp32")
+    shown: list[str] = []
+    answer = run(tmp_path / "bundle", [str(sound)], GenerateConfig(times=True, max_new_tokens=40), write=shown.append)["output"]
+    assert answer["parts"]
+    assert answer["parts"][0]["start"] <= 1.0
+    for part in answer["parts"][:-1]:
+        assert 0 <= part["start"] < part["end"] <= 1.0
+    assert len("".join(shown).splitlines()) >= len(answer["parts"])
+    assert "".join(shown).startswith(f"{answer['parts'][0]['start']:6.2f} – ")
+    without = run(tmp_path / "bundle", [str(sound)], GenerateConfig(max_new_tokens=5))["output"]
+    assert isinstance(without, str)
+
+
+def test_parts_lie_between_times() -> None:
+    times = Times(first=10, last=60, none=9, end=0)
+    parts = times.parts([10, 1, 2, 15, 15, 3, 20, 25, 4])
+    assert [(part.tokens, part.start, part.end) for part in parts] == [([1, 2], 0.0, 0.1), ([3], 0.1, 0.2), ([4], 0.3, None)]
+    said = {"text": "a b", "parts": [{"text": "a", "start": 0.0, "end": 0.1}, {"text": "b", "start": 0.3, "end": None}]}
+    assert TASK.answer_text(said) == "  0.00 – 0.10 s  a\n  0.30 –  s  b"
+
+
+def test_times_are_for_speech_alone(folder: Path, tmp_path: Path) -> None:
+    export(str(folder), tmp_path / "bundle", precision="fp32")
+    sound = sorted(tiny.save_sounds(tmp_path / "sounds", 3).glob("*/*.wav"))[0]
+    with pytest.raises(ModelError, match="the model has no tokens of time"):
+        run(tmp_path / "bundle", [str(sound)], GenerateConfig(times=True))
+    tiny.save_encoder(tmp_path / "texts", labels=3)
+    export(str(tmp_path / "texts"), tmp_path / "texts-bundle", precision="fp32")
+    with pytest.raises(SettingsError, match="--times is for speech recognition; this bundle is for text-classification"):
+        run(tmp_path / "texts-bundle", ["a"], GenerateConfig(times=True))
 
 
 def test_a_window_can_be_shortened(tmp_path: Path) -> None:

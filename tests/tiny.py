@@ -135,8 +135,10 @@ VISION: dict[str, tuple[str, dict[str, Any]]] = {
     "deit": ("DeiTConfig", {"architectures": ["DeiTForImageClassification"],
                             "image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2,
                             "num_attention_heads": 4, "intermediate_size": 64}),
-    "efficientnet": ("EfficientNetConfig", {"image_size": 32, "width_coefficient": 0.25, "depth_coefficient": 0.25,
-                                            "hidden_dim": 320}),
+    "efficientnet": ("EfficientNetConfig", {"image_size": 32, "width_coefficient": 0.5, "depth_coefficient": 1.0,
+                                            "in_channels": [32, 16, 24], "out_channels": [16, 24, 40], "strides": [1, 2, 2],
+                                            "kernel_sizes": [3, 3, 5], "num_block_repeats": [1, 1, 1],
+                                            "expand_ratios": [1, 4, 4], "hidden_dim": 640}),
     "mobilevit": ("MobileViTConfig", {"image_size": 32, "hidden_sizes": [16, 24, 32], "num_attention_heads": 2,
                                       "neck_hidden_sizes": [8, 8, 12, 16, 16, 24, 32], "output_stride": 8}),
     "swin": ("SwinConfig", {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4],
@@ -148,18 +150,24 @@ PREPROCESSOR: dict[str, Any] = {
 }  # fmt: skip
 
 
-def save_vision(folder: Path, family: str = "resnet", *, labels: int = 3, seed: int = 0, **overrides: Any) -> Path:
-    """Save a random classifier of pictures of a family of VISION."""
+def save_vision(
+    folder: Path, family: str = "resnet", *, labels: int = 3, seed: int = 0, settled: bool = False, **overrides: Any
+) -> Path:
+    """Save a random classifier of pictures of a family of VISION; `settled`: see save_network."""
     import transformers
 
     name, differs = VISION[family]
     config = getattr(transformers, name)(**{**differs, "num_labels": labels, **overrides})
-    save_network(folder, "AutoModelForImageClassification", config, seed)
+    save_network(folder, "AutoModelForImageClassification", config, seed, settled=settled)
     return folder
 
 
-def save_network(folder: Path, auto_class: str, config: Any, seed: int) -> None:
-    """Save a random network, the statistics of its batch norms random too, and an image processor for 32 × 32 pixels."""
+def save_network(folder: Path, auto_class: str, config: Any, seed: int, *, settled: bool = False) -> None:
+    """Save a random network, the statistics of its batch norms random too, and an image processor for 32 × 32 pixels.
+
+    `settled`: the statistics are those of what the network computes, as in one that was trained: random ones let the signal of
+    a deep network vanish, which then cannot tell pictures apart.
+    """
     import torch
     import transformers
 
@@ -172,8 +180,24 @@ def save_network(folder: Path, auto_class: str, config: Any, seed: int) -> None:
                     torch.nn.init.uniform_(tensor, 0.5, 1.5)
                 for tensor in (module.bias, module.running_mean):
                     torch.nn.init.normal_(tensor, std=0.2)
+        if settled:
+            settle(model)
     model.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR), encoding="utf-8")
+
+
+def settle(model: Any) -> None:
+    """Let the statistics of batch norms be those of what the network computes, layer after layer."""
+    import torch
+
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None  # the mean over all batches
+        norm.reset_running_stats()
+    with torch.no_grad():
+        for _ in range(8):
+            noise, light = torch.randn(16, 3, 32, 32), torch.randn(16, 3, 1, 1)
+            model.train()(pixel_values=noise + light)
 
 
 def save_pictures(folder: Path, rows: int = 24, size: int = 32) -> Path:

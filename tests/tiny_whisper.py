@@ -8,11 +8,14 @@ from typing import Any
 
 import tiny
 
-NO_TIMES, START = 264, 265
+START, NO_TIMES = 264, 265
 
 
-def save_whisper(folder: Path, *, seconds: int = 1, seed: int = 0, **overrides: Any) -> Path:
-    """Save a random Whisper: 16 mel bins, a prompt of two tokens, EOS likely enough to come at times."""
+def save_whisper(folder: Path, *, seconds: int = 1, seed: int = 0, times: bool = False, **overrides: Any) -> Path:
+    """Save a random Whisper: 16 mel bins, a prompt of two tokens, EOS likely enough to come now and then.
+
+    `times`: it has tokens for the times of its window.
+    """
     import transformers
     from tokenizers import AddedToken, Tokenizer
 
@@ -22,9 +25,11 @@ def save_whisper(folder: Path, *, seconds: int = 1, seed: int = 0, **overrides: 
         "max_target_positions": 160, "vocab_size": tiny.VOCAB, "pad_token_id": 260, "bos_token_id": 262, "eos_token_id": 256,
         "decoder_start_token_id": START, "suppress_tokens": None, "begin_suppress_tokens": [256],
     }  # fmt: skip
+    if times:
+        shape["vocab_size"] = NO_TIMES + 2 + 50 * seconds
     tiny._save(folder, "AutoModelForSpeechSeq2Seq", transformers.WhisperConfig(**{**shape, **overrides}), seed)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    names = ("<|notimestamps|>", "<|startoftranscript|>")
+    names = ("<|startoftranscript|>", "<|notimestamps|>")
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
     tokenizer.save(str(folder / "tokenizer.json"))
     transformers.WhisperFeatureExtractor(feature_size=16, chunk_length=seconds).save_pretrained(folder)

@@ -44,6 +44,8 @@ def run(
         if model.task == "text-generation" or "labels" not in model.answerer.task.asked:
             raise SettingsError(f"--labels is for tasks that rank texts; this bundle is for {model.task}")
         rows = [{**row, "labels": list(labels)} for row in rows]
+    if config is not None and config.times and "speech-recognition" not in model.task:
+        raise SettingsError(f"--times is for speech recognition; this bundle is for {model.task}")
     outputs = [run_one(model, row, config, write) for row in rows]
     result = {"task": model.task, "output": outputs[0] if len(outputs) == 1 else outputs}
     return result if save is None else {**result, "saved": save_drawn(model, inputs, outputs, save)}

@@ -59,7 +59,8 @@ class Writer:
         """Return the text written about each row. Raises DataError for a row that cannot be read."""
         examples = [self.encode_row(row) for row in rows]
         written = self.write(examples, self.settings(config), batch_size=batch_size)
-        outputs = [{"tokens": np.array(tokens, np.int64)} for tokens in written]
+        timed = {"timed": np.array(True)} if config is not None and config.times else {}
+        outputs = [{"tokens": np.array(tokens, np.int64), **timed} for tokens in written]
         found = zip(outputs, rows, examples, strict=True)
         return [self.task.decode(output, row, example, self.processor, ()) for output, row, example in found]
 
@@ -73,6 +74,8 @@ class Writer:
             "length_penalty": config.length_penalty,
             "no_repeat_ngram_size": config.no_repeat_ngram_size,
         }
+        if config.times:
+            own = self.task.timed(own, self.processor)
         return dataclasses.replace(own.limited(config.max_new_tokens), **{k: v for k, v in asked.items() if v is not None})
 
     def encode_row(self, row: Row) -> Example:

@@ -7,6 +7,7 @@ the decoder's side is that of tasks/sequences.py.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from edgelora.errors import DataError
 from edgelora.listening import Listening
+from edgelora.search import Search
 from edgelora.tasks.base import TRIAL_TEXTS, Column, Example, GraphTensor, Metrics, Row
 from edgelora.tasks.rows import text_problems
 from edgelora.tasks.sequences import Written
@@ -87,6 +89,27 @@ class SpeechRecognition(Written):
             target = np.array(processor.writing.encode_target(text), np.int32)
             examples.append(Example({**arrays, "target": target, "length": np.array(length + len(target), np.int32)}))
         return examples
+
+    def timed(self, search: Search, processor: Listening) -> Search:
+        """Raises ModelError for a model without tokens of time."""
+        return dataclasses.replace(search, prompt=processor.writing.prompt[:-1], times=processor.times)
+
+    def decode(
+        self, outputs: Mapping[str, NDArray[Any]], row: Row, example: Example, processor: Any, labels: Sequence[str]
+    ) -> Any:
+        """Return the text; where it is "timed" {"text", "parts": [{"text", "start", "end"}]}, seconds."""
+        tokens, writing = outputs["tokens"].tolist(), processor.writing
+        if "timed" not in outputs:
+            return writing.decode(tokens)
+        parts = processor.times.parts(tokens)
+        said = [{"text": writing.decode(part.tokens), "start": part.start, "end": part.end} for part in parts]
+        return {"text": writing.decode([token for part in parts for token in part.tokens]), "parts": said}
+
+    def answer_text(self, answer: Any) -> str:
+        if isinstance(answer, str):
+            return answer
+        ends = ("" if part["end"] is None else f"{part['end']:.2f}" for part in answer["parts"])
+        return "\n".join(f"{p['start']:6.2f} – {end} s  {p['text']}" for p, end in zip(answer["parts"], ends, strict=True))
 
     def score(self, outputs: Sequence[str], references: Sequence[str]) -> Metrics:
         return error_rates(outputs, references)

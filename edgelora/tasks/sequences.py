@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from edgelora.errors import SettingsError
 from edgelora.tasks.base import Example, GraphTensor, Metrics, Predictor, Row, Task
 from edgelora.tasks.generated import perplexity
 from edgelora.tasks.rows import text_problems
@@ -24,6 +25,8 @@ from edgelora.writing import Writing
 
 if TYPE_CHECKING:
     import torch
+
+    from edgelora.search import Search
 
 SPARE = 16  # tokens that an answer may have beyond the longest reference while it is scored
 
@@ -44,6 +47,10 @@ class Written(Task):
         """Return the decoder's side of what `open_processor` gave."""
         found: Writing = processor
         return found
+
+    def timed(self, search: Search, processor: Any) -> Search:
+        """Return the search with which answers have times. Raises SettingsError where they have none."""
+        raise SettingsError(f"times are of speech; this bundle is for {self.name}", hint="leave --times out")
 
     @abstractmethod
     def source(self, row: Row, processor: Any) -> tuple[dict[str, NDArray[Any]], int]:
