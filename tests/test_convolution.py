@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from edgelora.adapters import inject, peft_format
 from edgelora.adapters.lora import LoRA, LoRASettings
 from edgelora.errors import SettingsError
-from edgelora.models.convolution import FrozenBatchNorm, FrozenConv
+from edgelora.models.convolution import FrozenBatchNorm, FrozenConv, can_freeze
 from edgelora.models.load import load_model
 from edgelora.models.network import Network
 from edgelora.models.source import open_model
@@ -103,6 +103,20 @@ def test_batch_norm_keeps_its_statistics() -> None:
     torch.testing.assert_close(frozen(x), plain.eval()(x), **CONVOLUTION)
 
 
+def test_padding_to_the_same_size_is_that_of_torch() -> None:
+    torch.manual_seed(0)
+    plain = nn.Conv2d(4, 4, 5, padding="same", dilation=2, groups=2)
+    assert can_freeze(plain)
+    assert not can_freeze(nn.Conv2d(4, 4, 2, padding="same")), "one zero more after than before"
+    assert not can_freeze(nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3)))
+    x = torch.randn(2, 4, 9, 9, requires_grad=True)
+    frozen = FrozenConv("conv", plain, plain.weight.detach(), plain.bias.detach())
+    torch.testing.assert_close(frozen(x), plain(x), **CONVOLUTION)
+    (wanted,) = torch.autograd.grad(plain(x).square().sum(), x)
+    (found,) = torch.autograd.grad(frozen(x).square().sum(), x)
+    torch.testing.assert_close(found, wanted, **CONVOLUTION)
+
+
 @pytest.mark.parametrize("family", tiny.VISION)
 def test_networks_equal_transformers_and_learn_in_the_last_place(family: str, tmp_path: Path) -> None:
     from transformers import AutoModelForImageClassification
@@ -120,6 +134,8 @@ def test_networks_equal_transformers_and_learn_in_the_last_place(family: str, tm
     assert added
     convolutions = family in ("resnet", "mobilenet_v2", "efficientnet")
     assert all(isinstance(layer.base, FrozenConv) == convolutions for layer in added.values())
+    if convolutions:
+        assert len(added) == sum(isinstance(module, nn.Conv2d) for module in reference.modules())
     model.logits(pixel_values=x).square().sum().backward()
     assert all(layer.lora_B.grad is not None and layer.lora_B.grad.any() for layer in added.values())
     with torch.no_grad():

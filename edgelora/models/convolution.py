@@ -81,8 +81,10 @@ class FrozenConv(nn.Module):
         return dx, dw
 
     def _padding(self) -> list[int]:
-        """Return the padding in numbers; "same" is refused when the layer is made."""
+        """Return the padding in numbers."""
         padding: Any = self.padding
+        if padding == "same":
+            return [missing // 2 for missing in _missing(self)]
         return [0] * self.dimensions if padding == "valid" else list(padding)
 
     def extra_repr(self) -> str:
@@ -143,5 +145,15 @@ class FrozenBatchNorm(nn.Module):
 
 
 def can_freeze(module: nn.Module) -> bool:
-    """Tell whether a module is a convolution that FrozenConv computes: torch's own, padded with zeros of given numbers."""
-    return type(module) in (nn.Conv1d, nn.Conv2d) and module.padding_mode == "zeros" and module.padding != "same"
+    """Tell whether a module is a convolution that FrozenConv computes: one that computes as torch's own, without weights of
+    another form, padded with zeros by as many before as after."""
+    if not isinstance(module, nn.Conv1d | nn.Conv2d) or hasattr(module, "parametrizations"):
+        return False
+    own = type(module).forward in (nn.Conv1d.forward, nn.Conv2d.forward) and not module._forward_pre_hooks
+    even = module.padding != "same" or not any(missing % 2 for missing in _missing(module))
+    return own and even and module.padding_mode == "zeros"
+
+
+def _missing(conv: Any) -> list[int]:
+    """Return the outputs that a convolution without padding has less than inputs, for each dimension."""
+    return [dilation * (size - 1) for dilation, size in zip(conv.dilation, conv.kernel_size, strict=True)]
