@@ -74,6 +74,7 @@ def test_the_whole_line(family: str, precision: str, layers: int, sounds: Path, 
     figures = finetune(str(model), str(sounds), tmp_path / "run", config)
     assert figures["valid"]["accuracy"] > 0.6
     exported = export(str(tmp_path / "run"), tmp_path / "bundle", precision=precision, force=True)
+    assert exported["verify"]["passed"]
     assert exported["nodes"] == layers
     assert not exported["verify"]["problems"]
     adapter = evaluate(tmp_path / "run")["metrics"]
@@ -114,7 +115,7 @@ def test_a_checkpoint_that_transcribes_gives_its_encoder(sounds: Path, tmp_path:
             torch.testing.assert_close(ours.logits(**batch), theirs.eval()(**batch).logits, **LOGITS_FP32)
     config = FinetuneConfig(precision="int4", max_steps=4, batch_size=8, rank=4, learning_rate=1e-2, threads=1)
     finetune(str(model), str(sounds), tmp_path / "run", config)
-    export(str(tmp_path / "run"), tmp_path / "bundle", precision="int4", force=True)
+    assert export(str(tmp_path / "run"), tmp_path / "bundle", precision="int4", force=True)["verify"]["passed"]
     adapter, bundle = (evaluate(tmp_path / name, str(sounds))["metrics"]["loss"] for name in ("run", "bundle"))
     assert bundle == pytest.approx(adapter, **LOSS_INT8_ACTIVATIONS)
 

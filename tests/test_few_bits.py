@@ -23,7 +23,7 @@ def test_what_was_trained_with_few_bits_ships(tmp_path: Path, precision: str, al
     if precision == "int3":
         assert 4 in bits.values()
     # Four steps on a random model gain nothing that could be kept.
-    export(str(run), tmp_path / "bundle", precision=precision, force=True)
+    assert export(str(run), tmp_path / "bundle", precision=precision, force=True)["verify"]["passed"]
     assert open_bundle(tmp_path / "bundle").manifest["precision"] == precision
     rows = str(tmp_path / "rows.jsonl")
     of_run, of_bundle = (evaluate(str(folder), rows)["metrics"]["loss"] for folder in (run, tmp_path / "bundle"))

@@ -31,7 +31,7 @@ def test_a_head_is_trained_merged_and_exported(tmp_path: Path) -> None:
     assert names
     assert not [name for name in names if "lora_" in name]
     merge(tmp_path / "run", tmp_path / "merged", precision="int8", force=True)
-    export(str(tmp_path / "run"), tmp_path / "bundle", precision="int8", force=True)
+    assert export(str(tmp_path / "run"), tmp_path / "bundle", precision="int8", force=True)["verify"]["passed"]
     scores = [evaluate(tmp_path / name, str(data))["metrics"]["accuracy"] for name in ("run", "merged", "bundle")]
     assert min(scores) > 0.8
 

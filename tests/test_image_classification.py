@@ -35,6 +35,7 @@ def test_the_whole_line(
     figures = finetune(str(model), str(pictures), tmp_path / "run", config)
     assert figures["valid"]["accuracy"] > 0.6
     exported = export(str(tmp_path / "run"), tmp_path / "bundle", precision=precision, force=True)
+    assert exported["verify"]["passed"]
     assert exported["precision"] == ("fp32" if layers == 0 else precision)
     assert exported["nodes"] == layers
     assert (tmp_path / "bundle" / "preprocessor_config.json").is_file()

@@ -46,6 +46,7 @@ def test_the_whole_line(family: str, precision: str, layers: int, rows: Path, tm
     figures = finetune(str(model), str(rows), tmp_path / "run", config)
     assert figures["valid"]["mean_iou"] > 0.7
     exported = export(str(tmp_path / "run"), tmp_path / "bundle", precision=precision, force=True)
+    assert exported["verify"]["passed"]
     assert exported["nodes"] == layers
     bundle = evaluate(tmp_path / "bundle", str(rows))["metrics"]
     assert bundle["mean_iou"] > 0.7

@@ -64,6 +64,7 @@ def test_the_whole_line(decoder: str, precision: str, tmp_path: Path) -> None:
     before = next(row["loss"] for row in figures["table"] if row["what"] == "base")
     assert figures["valid"]["loss"] < 0.8 * before
     exported = export(str(tmp_path / "run"), tmp_path / "bundle", precision=precision, force=True)
+    assert exported["verify"]["passed"]
     assert not exported["verify"]["problems"]
     suffix = {"int8": "_quantized", "int4": "_q4"}[precision]
     names = sorted(path.name for path in (tmp_path / "bundle" / "onnx").glob("*.onnx"))

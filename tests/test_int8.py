@@ -32,6 +32,7 @@ def test_what_is_faster_ships_in_int8(run: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(int8, "times", lambda classifiers, example: [2.0, 1.0])
     monkeypatch.setattr(int8, "MOST_LOST", 1.0)
     exported = export(str(run), tmp_path / "bundle", precision="int8", force=True)
+    assert exported["verify"]["passed"]
     assert (exported["precision"], exported["model_file"]) == ("int8", "onnx/model_quantized.onnx")
     assert [path.name for path in (tmp_path / "bundle" / "onnx").iterdir()] == ["model_quantized.onnx"]
     config = json.loads((tmp_path / "bundle" / "config.json").read_text())
@@ -50,6 +51,7 @@ def test_what_is_faster_ships_in_int8(run: Path, tmp_path: Path, monkeypatch: py
 def test_what_is_no_faster_stays_in_fp32(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int8, "times", lambda classifiers, example: [1.0, 1.0])
     exported = export(str(run), tmp_path / "bundle", precision="int8", force=True)
+    assert exported["verify"]["passed"]
     assert (exported["precision"], exported["model_file"]) == ("fp32", "onnx/model.onnx")
     assert not any("quantized" in path.name for path in (tmp_path / "bundle" / "onnx").iterdir())
     assert json.loads((tmp_path / "bundle" / "config.json").read_text())["transformers.js_config"]["dtype"] == "fp32"

@@ -50,6 +50,7 @@ def test_the_whole_line(family: str, precision: str, rows: Path, tmp_path: Path)
     assert figures["valid"]["loss"] < before
     exported = export(str(tmp_path / "run"), tmp_path / "bundle", precision=precision, force=True)
     assert exported["verify"]["passed"]
+    assert exported["verify"]["passed"]
     adapter = evaluate(tmp_path / "run")["metrics"]
     bundle = evaluate(tmp_path / "bundle", str(rows))["metrics"]
     assert set(bundle["report"]) == {"disc", "square"}

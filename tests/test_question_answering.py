@@ -148,7 +148,7 @@ def test_the_whole_line(tmp_path: Path) -> None:
     config = FinetuneConfig(precision="int8", epochs=6.0, batch_size=8, rank=8, learning_rate=1e-2)
     figures = finetune(str(model), str(data), tmp_path / "run", config)
     assert figures["valid"]["f1"] > 0.5
-    export(str(tmp_path / "run"), tmp_path / "bundle", precision="int8", force=True)
+    assert export(str(tmp_path / "run"), tmp_path / "bundle", precision="int8", force=True)["verify"]["passed"]
     assert evaluate(tmp_path / "bundle", str(data))["metrics"]["f1"] > 0.5
     shown: list[str] = []
     answer = run(tmp_path / "bundle", ["who", "y BOB v"], write=shown.append)["output"]

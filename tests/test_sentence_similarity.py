@@ -72,7 +72,7 @@ def test_the_whole_line(tmp_path: Path) -> None:
     config = FinetuneConfig(precision="int8", epochs=6.0, batch_size=16, rank=8, learning_rate=1e-2)
     figures = finetune(str(model), str(data), tmp_path / "run", config)
     assert figures["valid"]["recall@1"] > 0.8
-    export(str(tmp_path / "run"), tmp_path / "bundle", precision="int8", force=True)
+    assert export(str(tmp_path / "run"), tmp_path / "bundle", precision="int8", force=True)["verify"]["passed"]
     assert evaluate(tmp_path / "bundle", str(data))["metrics"]["recall@1"] > 0.8
     assert json.loads((tmp_path / "bundle" / "config.json").read_text())["architectures"] == ["BertModel"]
     shown: list[str] = []

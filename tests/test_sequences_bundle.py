@@ -92,6 +92,7 @@ def test_the_whole_line(tmp_path: Path) -> None:
     assert adapter["loss"] < 0.95 * base["loss"]
     assert {"bleu", "chrf"} <= adapter.keys()
     exported = export(str(tmp_path / "run"), tmp_path / "bundle", precision="int4", force=True)
+    assert exported["verify"]["passed"]
     assert exported["verify"]["layers_as_trained"] == 32  # of two layers each: attention and MLP of the encoder and decoder
     assert exported["verify"]["layers_bit_identical"] == 33  # and the table that embeddings and head share
     assert exported["table"][-1]["what"] == "onnx"

@@ -102,6 +102,7 @@ def test_the_whole_line(family: str, precision: str, tmp_path: Path) -> None:
     assert figures["valid"]["cer"] < before["cer"]
     exported = export(str(tmp_path / "run"), tmp_path / "bundle", precision=precision, force=True)
     assert exported["verify"]["passed"]
+    assert exported["verify"]["passed"]
     metrics = evaluate(tmp_path / "bundle", str(rows))["metrics"]
     assert metrics["loss"] == pytest.approx(figures["valid"]["loss"], rel=0.5)
     assert 0 <= metrics["wer"] <= 1.5

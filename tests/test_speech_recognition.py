@@ -78,6 +78,7 @@ def test_the_whole_line(folder: Path, tmp_path: Path) -> None:
     figures = finetune(str(folder), str(rows), tmp_path / "run", config)
     assert figures["valid"]["loss"] < figures["table"][0]["loss"]
     exported = export(str(tmp_path / "run"), tmp_path / "bundle", precision="int4", force=True)
+    assert exported["verify"]["passed"]
     assert not exported["verify"]["problems"]
     names = sorted(path.name for path in (tmp_path / "bundle" / "onnx").glob("*.onnx"))
     assert names == ["decoder_model_merged_q4.onnx", "encoder_model_q4.onnx"]

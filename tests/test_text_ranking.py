@@ -95,7 +95,7 @@ def test_the_whole_line(tmp_path: Path) -> None:
     figures = finetune(str(model), str(data), tmp_path / "run", config)
     assert figures["valid"]["recall@5"] == 1.0
     assert figures["valid"]["ndcg@10"] > 0.9
-    export(str(tmp_path / "run"), tmp_path / "bundle", precision="int8", force=True)
+    assert export(str(tmp_path / "run"), tmp_path / "bundle", precision="int8", force=True)["verify"]["passed"]
     assert evaluate(tmp_path / "bundle", str(data))["metrics"]["ndcg@10"] > 0.9
     theirs = transformers.AutoConfig.from_pretrained(tmp_path / "bundle")
     assert (theirs.problem_type, theirs.num_labels) == ("multi_label_classification", 1)

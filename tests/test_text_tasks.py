@@ -128,7 +128,7 @@ def test_the_whole_line(name: str, rows: list[dict[str, Any]], metric: str, text
     config = FinetuneConfig(precision="int8", epochs=12.0, batch_size=8, rank=4, learning_rate=1e-2)
     figures = finetune(str(model), str(data), tmp_path / "run", config)
     assert figures["valid"][metric] > 0.8
-    export(str(tmp_path / "run"), tmp_path / "bundle", precision="int8", force=True)
+    assert export(str(tmp_path / "run"), tmp_path / "bundle", precision="int8", force=True)["verify"]["passed"]
     assert evaluate(tmp_path / "bundle", str(data))["metrics"][metric] > 0.8
     theirs = transformers.AutoConfig.from_pretrained(tmp_path / "bundle")
     assert (theirs.problem_type, theirs.num_labels) == (get_task(name).config["problem_type"], 3 if "multi" in name else 1)

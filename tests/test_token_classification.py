@@ -185,6 +185,7 @@ def test_the_whole_line(tmp_path: Path) -> None:
     figures = finetune(str(model), str(data), tmp_path / "run", config)
     assert figures["valid"]["f1"] > 0.9
     exported = export(str(tmp_path / "run"), tmp_path / "bundle", precision="int8", force=True)
+    assert exported["verify"]["passed"]
     assert [row["what"] for row in exported["table"]][:2] == ["majority baseline", "base"]
     bundle = evaluate(tmp_path / "bundle", str(data))["metrics"]
     assert bundle["f1"] > 0.9

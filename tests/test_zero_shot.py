@@ -97,6 +97,7 @@ def test_the_whole_line(family: str, precision: str, rows: Path, tmp_path: Path)
     assert figures["valid"]["loss"] < 0.5 * next(row["loss"] for row in figures["table"] if row["what"] == "base")
     exported = export(str(tmp_path / "run"), tmp_path / "bundle", precision=precision, force=True)
     assert exported["verify"]["passed"]
+    assert exported["verify"]["passed"]
     assert evaluate(tmp_path / "bundle", str(rows))["metrics"]["accuracy"] > 0.9
     assert sorted(json.loads((tmp_path / "bundle" / "edgelora.json").read_text())["labels"]) == sorted(SENTENCES)
     dark = str(sorted((rows.parent / "pictures" / "dark").iterdir())[0])
