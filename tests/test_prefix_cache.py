@@ -231,7 +231,8 @@ def test_a_run_ships_what_its_rows_begin_with(decoder_model: Path, tmp_path: Pat
     (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     settings = FinetuneConfig(threads=1, max_steps=1, valid_rows=1, batch_size=2)
     finetune(str(decoder_model), str(tmp_path / "rows.jsonl"), tmp_path / "run", settings)
-    assert export(str(tmp_path / "run"), tmp_path / "bundle", precision="fp32", beginning=Beginning(""), force=True)["verify"]["passed"]
+    exported = export(str(tmp_path / "run"), tmp_path / "bundle", precision="fp32", beginning=Beginning(""), force=True)
+    assert exported["verify"]["passed"]
     entry = read_manifest(tmp_path / "bundle", "bundle")["prefix"]
     model, ran = opened(tmp_path / "bundle")
     text = model.generator.tokenizer.decode(entry["token_ids"], skip_special_tokens=False)
