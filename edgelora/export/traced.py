@@ -191,10 +191,19 @@ def load_for_export(checkpoint: MergedCheckpoint, accuracy_levels: Mapping[str, 
 
 
 def fill_from(model: nn.Module, checkpoint: MergedCheckpoint, skip: Collection[str] = ()) -> None:
-    """Give every parameter but those of the names `skip`, and what other buffers the folder has, its tensor."""
-    for name in [name for name, _ in model.named_parameters() if name not in skip]:
-        path, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(path), leaf, nn.Parameter(checkpoint.read(name), requires_grad=False))
+    """Give every parameter but those of the names `skip`, and what other buffers the folder has, its tensor; what modules
+    share (BERT's head and the module around it own one bias) they share again."""
+    shared: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        shared.setdefault(id(parameter), []).append(name)
+    for names in shared.values():
+        if names[0] in skip:
+            continue
+        stored = next((name for name in names if checkpoint.has(name)), names[0])
+        filled = nn.Parameter(checkpoint.read(stored), requires_grad=False)
+        for name in names:
+            path, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(path), leaf, filled)
     for name, buffer in list(model.named_buffers()):
         if checkpoint.has(name):  # statistics of batch norm
             buffer.copy_(checkpoint.read(name))

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from edgelora.models.source import ModelSource
 
 BLOCK_SIZES = (32, 64)
+UNNAMED = (0, 1)  # labels that transformers gives a config.json without any
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def gather(run: Path | None, adapter: Path | Recipe | None, model: str | None) -
     labels = list(manifest.get("labels") or (foreign.labels if foreign else []))
     if get_task(task).has_labels:
         one_each = isinstance(get_task(task), Classification)  # an output of the head's last matrix is a label
-        rows = num_labels(adapted) if one_each else len(labels or source.config.get("id2label") or ())
+        rows = num_labels(adapted) if one_each else len(labels or source.config.get("id2label") or UNNAMED)
         labels = check_labels(labels, rows, source.config)
     facts: dict[str, Any] = {key: manifest[key] for key in ("settings", "results") if key in manifest}
     tokenizer, notes = run or source.folder, []

@@ -46,10 +46,10 @@ def guess_task(config: dict[str, Any]) -> str:
     heads = {name: get_task(name).auto_class.removeprefix("AutoModel") for name in TASKS}
     heads = {name: head for name, head in heads.items() if head}  # a base alone could be for anything
     for architecture in config.get("architectures") or []:
-        for name, head in heads.items():
-            task, named = get_task(name), "For" in architecture  # CLIPModel says nothing of what it is for
-            if (task.writes or not named) and class_of(config, task.auto_class) == architecture:
+        for name in heads:  # speech that is classified, too, is …ForSequenceClassification
+            if class_of(config, get_task(name).auto_class) == architecture:
                 return name
+        for name, head in heads.items():
             if architecture.endswith((head, "LMHeadModel") if name == GENERATION else head):
                 return name
     found = ", ".join(config.get("architectures") or []) or "none"

@@ -71,11 +71,14 @@ class ObjectDetection(Pictures):
         return sorted_labels(set(names))
 
     def inputs(self, config: Mapping[str, Any], accepted: Collection[str]) -> tuple[GraphTensor, ...]:
-        """The side lengths are those that the processor gives, where it gives all pictures the same."""
+        """The side lengths are those that the processor gives, where it gives all pictures the same. The mask's are its own: DETR
+        resizes it to its features, and transformers.js gives 64 × 64 for whole pictures."""
         height, width = config.get("input_size") or ("height", "width")
         pixels = GraphTensor("pixel_values", "float32", ("batch_size", 3, height, width), TRACED)
-        masked = "pixel_mask" in accepted and "position_embedding_type" in config
-        return (pixels, GraphTensor("pixel_mask", "int64", ("batch_size", height, width), TRACED)) if masked else (pixels,)
+        if "pixel_mask" not in accepted or "position_embedding_type" not in config:
+            return (pixels,)
+        own = {"mask_height": 48, "mask_width": 48}
+        return pixels, GraphTensor("pixel_mask", "int64", ("batch_size", *own), own)
 
     def encode(self, row: Row, processor: ImageProcessor, labels: Sequence[str]) -> Example:
         """Return pixels uint8 [H · W, 3] and their shape int32 [2], classes int32 [M], boxes fp32 [M, 4] and the picture's size
