@@ -71,8 +71,8 @@ class ObjectDetection(Pictures):
         return sorted_labels(set(names))
 
     def inputs(self, config: Mapping[str, Any], accepted: Collection[str]) -> tuple[GraphTensor, ...]:
-        """The side lengths are those that the processor gives, where it gives all pictures the same. The mask's are its own: DETR
-        resizes it to its features, and transformers.js gives 64 × 64 for whole pictures."""
+        """The side lengths are those that the processor gives, where it gives all pictures the same. The mask's are its own:
+        DETR resizes it to its features, and transformers.js gives 64 × 64 for whole pictures."""
         height, width = config.get("input_size") or ("height", "width")
         pixels = GraphTensor("pixel_values", "float32", ("batch_size", 3, height, width), TRACED)
         if "pixel_mask" not in accepted or "position_embedding_type" not in config:
