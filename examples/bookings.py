@@ -50,7 +50,9 @@ def message(draw: random.Random) -> tuple[str, list[dict[str, Any]]]:
 def make_rows() -> dict[str, list[dict[str, Any]]]:
     """Return the rows of each file."""
     draw = random.Random(0)
-    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in ("spans", "questions", "labels", "scores", "pairs")}
+    rows: dict[str, list[dict[str, Any]]] = {
+        name: [] for name in ("spans", "questions", "labels", "scores", "pairs", "summaries")
+    }
     for _ in range(ROWS):
         text, spans = message(draw)
         rows["spans"].append({"text": text, "spans": spans})
@@ -59,6 +61,9 @@ def make_rows() -> dict[str, list[dict[str, Any]]]:
         rows["questions"].append({"question": QUESTIONS[slot], "context": text, "answers": found})
         extras = draw.sample(list(EXTRAS), draw.randint(0, 2))
         rows["labels"].append({"text": " ".join([text, *(EXTRAS[extra] for extra in extras)]), "labels": extras})
+        known = {span["label"]: text[span["start"] : span["end"]] for span in spans}
+        said = [f"{slot} {known[slot]}" for slot in QUESTIONS if slot in known] + extras
+        rows["summaries"].append({"text": rows["labels"][-1]["text"], "summary": ", ".join(said)})
         rows["scores"].append({"text": text, "score": round(len(spans) / 4, 2)})  # how complete it is
         extra = draw.choice(list(EXTRAS))
         rows["pairs"].append({"query": f"{text} {EXTRAS[extra]}", "item": f"wish: {extra}"})

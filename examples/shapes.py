@@ -38,6 +38,14 @@ def draw(chance: random.Random) -> tuple[Any, Any, list[dict[str, Any]]]:
     return picture, mask, objects
 
 
+def draw_one(chance: random.Random) -> tuple[Any, str]:
+    """Return a picture of one shape, and which it is."""
+    while True:
+        picture, _, objects = draw(chance)
+        if len(objects) == 1:
+            return picture, NAMES[objects[0]["label"]]
+
+
 def sentence(objects: list[dict[str, Any]]) -> str:
     """Return what is on a picture, from left to right."""
     sides = sorted((entry["box"][0] + entry["box"][2] / 2 > SIZE / 2, NAMES[entry["label"]]) for entry in objects)
@@ -45,7 +53,7 @@ def sentence(objects: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    chance = random.Random(7)
+    chance, alone = random.Random(7), random.Random(8)
     for split, count in ROWS.items():
         areas, boxes = HERE / "shape_areas" / split, HERE / "shape_boxes" / split
         for folder in (areas / "images", areas / "masks", boxes):
@@ -69,6 +77,11 @@ def main() -> None:
         (boxes / "boxes.json").write_text(json.dumps(content) + "\n", encoding="utf-8", newline="\n")
         (HERE / "shape_sentences").mkdir(exist_ok=True)
         (HERE / "shape_sentences" / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8", newline="\n")
+        for number in range(count):
+            picture, kind = draw_one(alone)
+            folder = HERE / "shape_kinds" / split / kind
+            folder.mkdir(parents=True, exist_ok=True)
+            picture.save(folder / f"{number}.png")
         (areas / "classes.txt").write_text("ground\n" + "\n".join(NAMES) + "\n", encoding="utf-8", newline="\n")
 
 

@@ -1,4 +1,4 @@
-"""The example rows: what the templates give, held out by template, answers that parse. Standard library only."""
+"""The example rows: what the templates give, held out by template, answers that parse, one for each task."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from edgelora.config import FinetuneConfig
+from edgelora.data.describe import describe
+from edgelora.tasks import TASKS
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 FOLDERS = sorted(path.parent for path in EXAMPLES.glob("*/templates.toml"))
@@ -84,6 +88,31 @@ def test_the_readme_counts_the_rows() -> None:
         counts = [len(read_rows(folder / f"{split}.jsonl")) for split in ("train", "valid", "test")]
         line = next(line for line in readme.splitlines() if line.startswith(f"| `{folder.name}/`"))
         assert line.endswith(f"| {', '.join(map(str, counts))} |")
+
+
+def listed() -> dict[str, str]:
+    """Return the first task of each example, by its path, as the README lists them."""
+    rows = re.findall(r"^\| `([^`]+)` \| ([a-z0-9-]+)", (EXAMPLES / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    return {path.rstrip("/"): task for path, task in rows}
+
+
+def test_the_readme_lists_every_example() -> None:
+    known = {path.partition("/")[0] for path in listed()}
+    assert known == {path.name for path in EXAMPLES.iterdir() if path.is_dir() and path.name != "__pycache__"}
+    own = {f"bookings/{path.name}" for path in (EXAMPLES / "bookings").iterdir()}
+    assert own == {path for path in listed() if path.startswith("bookings/")}
+
+
+def test_each_task_has_an_example() -> None:
+    readme = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    assert [name for name in TASKS if name not in readme] == []
+
+
+@pytest.mark.parametrize(("path", "task"), listed().items(), ids=listed())
+def test_each_example_is_read_as_its_task(path: str, task: str) -> None:
+    found = describe(str(EXAMPLES / path), None, FinetuneConfig(task=task))
+    assert found["task"] == task
+    assert found["splits"]["train"]["rows"] > 0
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ class ImageClassification(Pictures, Classification):
     )
     shapes = (("image", "label"),)
     auto_class = "AutoModelForImageClassification"
-    families = "ViT, DeiT, Swin, ResNet, MobileNetV2, ConvNeXt"
+    families = "ViT, DeiT, Swin, MobileViT, ResNet, MobileNetV2, EfficientNet, ConvNeXt"
     metric = "accuracy"
     metrics = ("loss", "accuracy", "top_5", "macro_f1", "mcc")
     target_modules = "all-linear"
