@@ -230,7 +230,7 @@ class Rows:
             for path in files[split]:
                 for line, row in iterate_file(path, functools.partial(problems.add, path)):
                     found = self.target.task.normalize(map_columns(row, self.columns))
-                    yield path, line, with_paths(found, self.target.task.file_columns, path)
+                    yield path, line, with_paths(found, self.target.task.file_columns, path, str(self.data))
 
         # Where there is nothing but one set of rows, nobody has said that it is for training.
         return "given" if split == "train" else split, self._take(rows(), problems, limit)

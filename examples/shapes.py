@@ -55,8 +55,8 @@ def sentence(objects: list[dict[str, Any]]) -> str:
 def main() -> None:
     chance, alone = random.Random(7), random.Random(8)
     for split, count in ROWS.items():
-        areas, boxes = HERE / "shape_areas" / split, HERE / "shape_boxes" / split
-        for folder in (areas / "images", areas / "masks", boxes):
+        areas, boxes, sentences = (HERE / name / split for name in ("shape_areas", "shape_boxes", "shape_sentences"))
+        for folder in (areas / "images", areas / "masks", boxes, sentences):
             folder.mkdir(parents=True, exist_ok=True)
         lines: list[str] = []
         images: list[dict[str, Any]] = []
@@ -66,7 +66,8 @@ def main() -> None:
             picture.save(areas / "images" / f"{number}.png")
             mask.save(areas / "masks" / f"{number}.png")
             picture.save(boxes / f"{number}.png")
-            lines.append(json.dumps({"image": f"../shape_boxes/{split}/{number}.png", "text": sentence(objects)}) + "\n")
+            picture.save(sentences / f"{number}.png")
+            lines.append(json.dumps({"image": f"{split}/{number}.png", "text": sentence(objects)}) + "\n")
             images.append({"id": number, "file_name": f"{number}.png", "width": SIZE, "height": SIZE})
             for entry in objects:
                 area = entry["box"][2] * entry["box"][3]
@@ -75,7 +76,6 @@ def main() -> None:
         categories = [{"id": number, "name": name} for number, name in enumerate(NAMES)]
         content = {"images": images, "annotations": found, "categories": categories}
         (boxes / "boxes.json").write_text(json.dumps(content) + "\n", encoding="utf-8", newline="\n")
-        (HERE / "shape_sentences").mkdir(exist_ok=True)
         (HERE / "shape_sentences" / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8", newline="\n")
         for number in range(count):
             picture, kind = draw_one(alone)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import tiny_scenes
+from PIL import Image
 
 from edgelora.data.check import scan
 from edgelora.data.pictures import yaml_names
@@ -145,6 +146,25 @@ def test_a_path_too_long_for_a_file(tmp_path: Path) -> None:
     path.write_text(json.dumps({"image": "a" * 5000, "label": "x"}) + "\n")
     lines = scan(str(path), task=None, columns=None, valid=None).problems.lines()
     assert lines[0].endswith(f"/{'a' * 5000} does not exist")
+
+
+def test_files_outside_the_folder_of_the_rows_are_never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, other = tmp_path / "data", tmp_path / "data-of-others"
+    for where in (folder, other):
+        where.mkdir()
+        Image.new("RGB", (8, 8)).save(where / "a.png")
+    names = ("a.png", str(folder / "a.png"), "../data/a.png", "../data-of-others/a.png", str(other / "a.png"), "../nothing.png")
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps({"image": name, "label": str(at % 2)}) + "\n" for at, name in enumerate(names)))
+    for data in (str(folder), str(path)):
+        lines = scan(data, task=None, columns=None, valid=None).problems.lines()
+        assert len(lines) == 3
+        for line, found in zip(lines, (other / "a.png", other / "a.png", tmp_path / "nothing.png"), strict=True):
+            assert line.endswith(f"{found} is outside the folder of the data: to read it, set EDGELORA_FILES={found.parent}")
+    monkeypatch.setenv("EDGELORA_FILES", str(other))
+    lines = scan(str(path), task=None, columns=None, valid=None).problems.lines()
+    assert len(lines) == 1
+    assert "nothing.png is outside the folder" in lines[0]
 
 
 def test_names_of_a_yaml_file(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 END, PAD, UNKNOWN = "</s>", "<pad>", "<unk>"
-SHAPE = {"d_model": 128, "d_kv": 32, "d_ff": 512, "num_layers": 3, "num_decoder_layers": 3, "num_heads": 4, "dropout_rate": 0.1}
+SHAPE = {"d_model": 128, "d_kv": 32, "d_ff": 512, "num_layers": 3, "num_decoder_layers": 3, "num_heads": 4}
 LONGEST = 96  # tokens of a source or target
 
 
@@ -40,7 +40,7 @@ def make_tokenizer(texts: list[str], vocabulary: int, out: Path) -> Any:
     return whole
 
 
-def train(rows: Path, out: Path, minutes: float, vocabulary: int, batch_size: int, rate: float) -> None:
+def train(rows: Path, out: Path, minutes: float, vocabulary: int, batch_size: int, rate: float, dropout: float) -> None:
     import numpy as np
     import torch
     from transformers import T5Config, T5ForConditionalGeneration
@@ -49,8 +49,9 @@ def train(rows: Path, out: Path, minutes: float, vocabulary: int, batch_size: in
     tokenizer = make_tokenizer([row[name] for row in pairs for name in ("source", "target")], vocabulary, out)
     torch.manual_seed(0)
     config = T5Config(
-        vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, tie_word_embeddings=True, **SHAPE
-    )
+        vocab_size=len(tokenizer), pad_token_id=0, eos_token_id=1, decoder_start_token_id=0, tie_word_embeddings=True,
+        dropout_rate=dropout, **SHAPE,
+    )  # fmt: skip
     model = T5ForConditionalGeneration(config).train()
     sides = {name: [tokenizer(row[name]).input_ids[:LONGEST] for row in pairs] for name in ("source", "target")}
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=1e-2)
@@ -88,8 +89,9 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=4000)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--dropout", type=float, default=0.1)
     given = parser.parse_args()
-    train(given.rows, given.out, given.minutes, given.vocabulary, given.batch_size, given.learning_rate)
+    train(given.rows, given.out, given.minutes, given.vocabulary, given.batch_size, given.learning_rate, given.dropout)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ class Scan:
 
     def located(self, path: Path, row: Row) -> Row:
         """Return a row of `path` with the paths that it holds as they are found from here; rows are hashed without."""
-        return with_paths(row, self.task.file_columns, path)
+        return with_paths(row, self.task.file_columns, path, self.data)
 
     def rows(self, split: str) -> Iterator[tuple[Path, int, Row]]:
         """Yield (file, line, normalized row) of every readable row of a split's files."""

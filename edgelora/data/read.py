@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,15 +16,32 @@ from edgelora.data.pictures import is_coco, read_coco, read_folder
 from edgelora.data.squad import is_squad, read_squad
 from edgelora.errors import DataError, MachineError
 from edgelora.tasks.base import Row
+from edgelora.tasks.rows import FILES_VARIABLE, Elsewhere
 
 MANIFEST_NAMES = {"audio_filepath": "audio", "command": "label"}
 
 
-def with_paths(row: Row, columns: Sequence[str], origin: Path) -> Row:
-    """Return a row that came from `origin`, a file or folder, with the relative paths in `columns` made absolute."""
-    folder = origin if origin.is_dir() else origin.parent
-    found = {name: str((folder / row[name]).absolute()) for name in columns if isinstance(row.get(name), str) and row[name]}
-    return {**row, **found}
+def with_paths(row: Row, columns: Sequence[str], origin: Path, data: str) -> Row:
+    """Return a row that came from `origin`, a file or folder, with the relative paths in `columns` made absolute.
+
+    A row may name files below DATA's folder, or the origin's where that lies elsewhere, and below those of EDGELORA_FILES; any
+    other path is an Elsewhere.
+    """
+    folder = absolute(origin if origin.is_dir() else origin.parent)
+    whole = absolute(Path(data) if Path(data).is_dir() else Path(data).parent)
+    named = [absolute(Path(name)) for name in os.environ.get(FILES_VARIABLE, "").split(os.pathsep) if name]
+    allowed = [whole if folder.is_relative_to(whole) else folder, *named]
+
+    def located(name: str) -> str:
+        path = absolute(folder / name)
+        return str(path) if any(path.is_relative_to(known) for known in allowed) else Elsewhere(path)
+
+    return {**row, **{name: located(row[name]) for name in columns if isinstance(row.get(name), str) and row[name]}}
+
+
+def absolute(path: Path) -> Path:
+    """Return the path from the root, without "..": links are the user's own and stay."""
+    return Path(os.path.abspath(path))
 
 
 def iterate_file(path: Path, report: Report) -> Iterator[tuple[int, Row]]:

@@ -118,7 +118,7 @@ def from_data(
     for path in paths:
         for line, row in iterate_file(path, functools.partial(problems.add, path)):
             if len(found) < READ_ROWS:
-                taken = with_paths(task.normalize(map_columns(row, columns)), task.file_columns, path)
+                taken = with_paths(task.normalize(map_columns(row, columns)), task.file_columns, path, str(data))
                 found.append((path, line, taken))
     order = np.random.default_rng(0).permutation(len(found)).tolist()
     cut = min(HELD_OUT_ROWS, len(order) // 3)

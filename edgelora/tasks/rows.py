@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from edgelora.tasks.base import Row
 
+FILES_VARIABLE = "EDGELORA_FILES"  # folders beside the data's own below which its rows may name files
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "model", "environment", "documents")
 
 
@@ -38,10 +39,16 @@ def text_problems(row: Row, names: Iterable[str]) -> list[str]:
     return problems
 
 
+class Elsewhere(str):
+    """A path in a row that leads out of the folder of its data: never opened."""
+
+
 def path_problems(row: Row, names: Iterable[str]) -> list[str]:
     """Return what is wrong with columns that must hold the path of a file."""
     names = list(names)
-    return text_problems(row, names) or [f"{row[name]} does not exist" for name in names if not is_file(row[name])]
+    away = [f"{row[name]} is outside the folder of the data: to read it, set {FILES_VARIABLE}={Path(row[name]).parent}"
+            for name in names if isinstance(row.get(name), Elsewhere)]  # fmt: skip
+    return away or text_problems(row, names) or [f"{row[name]} does not exist" for name in names if not is_file(row[name])]
 
 
 def is_file(path: str) -> bool:

@@ -59,6 +59,10 @@ ENTRIES = (
         options={"epochs": 3, "learning-rate": 3e-3}, has_head=False, rows=120,
     ),
     Entry(
+        "scripts", "translation", "T5, small, of bytes", "Django's .po: Serbian, Cyrillic → Latin", "chrf", sequences.scripts,
+        options={"epochs": 6, "learning-rate": 3e-3, "rank": 16}, has_head=False, rows=120,
+    ),
+    Entry(
         "e2e", "text-generation", "SmolLM2-135M", "E2E: meaning → text", "loss", texts.descriptions,
         options={"epochs": 1}, has_head=False, generate=False, rows=100,
     ),
