@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from edgelora.adapters import inject
 from edgelora.adapters.lora import LoRASettings
 from edgelora.errors import MachineError
-from edgelora.models import gemm, recompute, slab
+from edgelora.models import attention_kernel, gemm, recompute, slab
 from edgelora.models.load import load_model
 from edgelora.models.recompute import ALL, Keeping, Shelf
 from edgelora.models.slab import Slab
@@ -218,7 +218,8 @@ def values_of(spec: Any) -> int:
 
 def more_of(family: str, spec: Any) -> int:
     """Return what the families that norm more keep besides: the inputs of these norms."""
-    whole = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim  # q and k as they were, and with them v: one product
+    values = 2 - (attention_kernel.library() is not None)  # the kernel needs no other v than the one beside q and k
+    whole = (spec.num_heads + values * spec.num_kv_heads) * spec.head_dim  # q and k as they were, and with them v: one product
     return whole + 2 * spec.hidden_size if family in ("gemma3_text", "olmo2") else 0
 
 

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Train a small network on pairs of pictures or sounds and texts from scratch: the base to adapt where none is at hand.
+"""Train a small network on pictures with texts, or on sounds, from scratch: the base to adapt where none is at hand.
 
     python tools/pretrain_pairs.py clip DATA OUT --size 64 --minutes 3          # columns image, text
     python tools/pretrain_pairs.py captioner DATA OUT --size 64 --minutes 3     # columns image, caption (or text)
     python tools/pretrain_pairs.py wav2vec2 DATA OUT --minutes 3                # columns audio, text
+    python tools/pretrain_pairs.py ast DATA OUT --minutes 3                     # columns audio, label
 
 The folder is in Hugging Face layout, with a tokenizer of bytes, or of the letters of the rows. A figure for such a network says
 so.
@@ -17,16 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from pretrain_pictures import descend
+from small_networks import BANDS, SOUNDS
 
 SIDE = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4}
 SPECIAL = ("<pad>", "<s>", "<unk>", "</s>")  # an end of 2 would make CLIP read a text at its largest token instead
 END = SPECIAL.index("</s>")
-TASKS = {"clip": "zero-shot-image-classification", "captioner": "image-to-text", "wav2vec2": "speech-recognition-ctc"}
-HEARING = {
-    "hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4, "feat_extract_norm": "layer",
-    "conv_dim": (64,) * 5, "conv_kernel": (10, 5, 3, 3, 2), "conv_stride": (5, 4, 2, 2, 2), "num_feat_extract_layers": 5,
-    "num_conv_pos_embeddings": 32, "num_conv_pos_embedding_groups": 8, "do_stable_layer_norm": True, "final_dropout": 0.0,
-}  # fmt: skip
+NAMING = "zero-shot-image-classification"
+TASKS = {"clip": NAMING, "siglip": NAMING, "captioner": "image-to-text", **{name: task for name, (task, *_) in SOUNDS.items()}}
 
 
 def write_bytes(folder: Path) -> int:
@@ -55,22 +53,35 @@ def write_letters(texts: list[str], folder: Path) -> int:
     return len(known)
 
 
-def make_config(family: str, vocabulary: int, size: int) -> Any:
+def make_config(family: str, vocabulary: int, size: int, labels: list[str]) -> Any:
     import transformers
 
+    if family in SOUNDS:
+        _, kind, settings = SOUNDS[family]
+        answers = {"id2label": dict(enumerate(labels))} if labels else {"vocab_size": vocabulary}
+        return transformers.AutoConfig.for_model(kind, **settings, **answers)
     tokens = {"vocab_size": vocabulary, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": END}
     seeing = {**SIDE, "image_size": size, "patch_size": size // 8}
+    reading = {**SIDE, **tokens, "max_position_embeddings": 64}
     if family == "clip":
-        reading = {**SIDE, **tokens, "max_position_embeddings": 64}
         return transformers.CLIPConfig(text_config=reading, vision_config=seeing, projection_dim=64)
-    if family == "captioner":
-        writing = transformers.BertConfig(
-            **SIDE, **tokens, max_position_embeddings=64, is_decoder=True, add_cross_attention=True
-        )
-        config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(transformers.ViTConfig(**seeing), writing)
-        config.decoder_start_token_id, config.pad_token_id, config.eos_token_id = 1, 0, END
-        return config
-    return transformers.Wav2Vec2Config(**HEARING, vocab_size=vocabulary, pad_token_id=0, ctc_zero_infinity=True)
+    if family == "siglip":
+        return transformers.SiglipConfig(text_config={**reading, "projection_size": SIDE["hidden_size"]}, vision_config=seeing)
+    writing = transformers.BertConfig(**reading, is_decoder=True, add_cross_attention=True)
+    config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(transformers.ViTConfig(**seeing), writing)
+    config.decoder_start_token_id, config.pad_token_id, config.eos_token_id = 1, 0, END
+    return config
+
+
+def make_preprocessor(family: str, size: int) -> dict[str, Any]:
+    """Return preprocessor_config.json of a family."""
+    if family not in SOUNDS:
+        return {"size": {"height": size, "width": size}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2}
+    if family == "ast":
+        return {"feature_extractor_type": "ASTFeatureExtractor", "sampling_rate": 16000, **BANDS, "mean": -4.0, "std": 4.5,
+                "do_normalize": True}  # fmt: skip
+    return {"feature_extractor_type": "Wav2Vec2FeatureExtractor", "sampling_rate": 16000, "do_normalize": True,
+            "return_attention_mask": True}  # fmt: skip
 
 
 def loss_of(task: Any, model: Any, batch: dict[str, Any]) -> tuple[Any, int]:
@@ -99,21 +110,19 @@ def train(family: str, data: str, out: Path, size: int, minutes: float, batch_si
     found = scan(data, task=task.name, columns=maps, valid=None)
     found.problems.refuse(data)
     rows = [found.located(path, row) for path, _, row in found.rows("train")]
-    texts = [row.get("text") or row["caption"] for row in rows]
     out.mkdir(parents=True)
-    vocabulary = write_letters(texts, out) if family == "wav2vec2" else write_bytes(out)
-    config = make_config(family, vocabulary, size)
+    vocabulary = 0
+    if not found.labels:
+        texts = [row.get("text") or row["caption"] for row in rows]
+        vocabulary = write_letters(texts, out) if family in SOUNDS else write_bytes(out)
+    config = make_config(family, vocabulary, size, found.labels)
     config.save_pretrained(out)
-    pictures = {"size": {"height": size, "width": size}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2}
-    sounds = {"feature_extractor_type": "Wav2Vec2FeatureExtractor", "sampling_rate": 16000, "do_normalize": True,
-              "return_attention_mask": True}  # fmt: skip
-    preprocessor = sounds if family == "wav2vec2" else pictures
-    (out / "preprocessor_config.json").write_text(json.dumps(preprocessor), encoding="utf-8")
+    (out / "preprocessor_config.json").write_text(json.dumps(make_preprocessor(family, size)), encoding="utf-8")
     processor = task.open_processor(out)
     torch.manual_seed(0)
     network = getattr(transformers, task.auto_class).from_config(config).train()
     model = Network(network, (), [output.name for output in task.outputs])
-    encoded = [task.encode(row, processor, []) for row in rows]
+    encoded = [task.encode(row, processor, found.labels) for row in rows]
     descend(
         network,
         lambda numbers: loss_of(task, model, to_tensors(task.collate([encoded[i] for i in numbers], processor))),

@@ -19,26 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from small_networks import PICTURES
+
 KINDS = ("disc", "square", "triangle")
-RT_BACKBONE = {"model_type": "rt_detr_resnet", "embedding_size": 16, "hidden_sizes": [16, 32, 64, 128], "depths": [1, 1, 1, 1],
-               "layer_type": "basic", "out_features": ["stage2", "stage3", "stage4"]}  # fmt: skip
-FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "resnet": ("image-classification", "resnet", {"embedding_size": 16, "hidden_sizes": [16, 32, 64, 128],
-                                                  "depths": [1, 1, 1, 1], "layer_type": "basic"}),
-    "mobilenet_v2": ("image-classification", "mobilenet_v2", {"depth_multiplier": 0.5, "min_depth": 8}),
-    "vit": ("image-classification", "vit", {"patch_size": 4, "hidden_size": 96, "num_hidden_layers": 4,
-                                            "num_attention_heads": 4, "intermediate_size": 192}),
-    "unet": ("image-segmentation", "edgelora_unet", {"hidden_sizes": [12, 24, 48, 64]}),
-    "segformer": ("image-segmentation", "segformer", {"hidden_sizes": [16, 32, 80, 128], "depths": [1, 1, 1, 1],
-                                                      "decoder_hidden_size": 64}),
-    "yolos": ("object-detection", "yolos", {"patch_size": 8, "hidden_size": 96, "num_hidden_layers": 4,
-                                            "num_attention_heads": 4, "intermediate_size": 192, "num_detection_tokens": 30}),
-    "rt_detr": ("object-detection", "rt_detr", {
-        "backbone_config": RT_BACKBONE, "encoder_hidden_dim": 64, "encoder_in_channels": [32, 64, 128], "encoder_ffn_dim": 128,
-        "encoder_attention_heads": 4, "freeze_backbone_batch_norms": False, "d_model": 64, "num_queries": 40,
-        "decoder_in_channels": [64, 64, 64],
-        "decoder_ffn_dim": 128, "decoder_layers": 2, "decoder_attention_heads": 4, "num_denoising": 20}),
-}  # fmt: skip
 
 
 def scene(random: Any, size: int) -> tuple[Any, Any, list[dict[str, Any]]]:
@@ -144,10 +127,12 @@ def train(family: str, data: str, out: Path, size: int, minutes: float, batch_si
     from edgelora.tasks import get_task
 
     unet.register()
-    name, kind, settings = FAMILIES[family]
+    name, kind, settings = PICTURES[family]
     task, found = get_task(name), scan(data, task=name, columns=None, valid=None)
     found.problems.refuse(data)
     side = [size, size] if family == "yolos" else size
+    if "backbone_config" in settings:
+        settings = {**settings, "backbone_config": transformers.AutoConfig.for_model(**settings["backbone_config"])}
     config = transformers.AutoConfig.for_model(kind, **settings, image_size=side, id2label=dict(enumerate(found.labels)))
     preprocessor = {"size": {"height": size, "width": size}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2}
     processor = ImageProcessor.from_config(preprocessor)
@@ -199,7 +184,7 @@ def main() -> None:
     for flag in ("--masks", "--sentences", "--blobs"):
         kind.add_argument(flag, action="store_true")
     drawn.add_argument("--seed", type=int, default=0)
-    trained.add_argument("family", choices=FAMILIES)
+    trained.add_argument("family", choices=PICTURES)
     trained.add_argument("data")
     trained.add_argument("out", type=Path)
     trained.add_argument("--minutes", type=float, default=3.0)

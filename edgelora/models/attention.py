@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from edgelora.models import attention_kernel
+from edgelora.models.attention_kernel import PackedAttention
 from edgelora.models.rope import Rope
 
 Rotation = tuple[Tensor, Tensor]  # cos and sin, [T, 1, half of the rotated channels]
@@ -195,9 +197,13 @@ class Scores:
 def attend_packed(q: Tensor, k: Tensor, v: Tensor, rope: Rope | None, context: Context, scores: Scores) -> Tensor:
     """Causal attention inside each document; q `[T, heads, head_dim]` → `[T, heads * head_dim]`.
 
-    Documents of like length are computed together, the shorter ones padded at their end: there nothing real looks, for what is
-    behind a token is masked for it anyway. So no document sees another, and no mask is needed for the padding.
+    Without the kernel, documents of like length are computed together, the shorter ones padded at their end: there nothing real
+    looks, for what is behind a token is masked for it anyway. So no document sees another, and the padding needs no mask.
     """
+    if not scores.softcap and attention_kernel.usable(q, k, v):
+        turn = context.rotation(rope) if rope is not None else None
+        found: Tensor = PackedAttention.apply(q, k, v, turn, context.starts, scores.scale, scores.window or 0)  # type: ignore[no-untyped-call]
+        return found.flatten(1)
     layout = context.layout
     rotation = context.padded_rotation(rope) if rope is not None else None
     parts = [_Rotate.apply(x, turn, layout) for x, turn in ((q, rotation), (k, rotation), (v, None))]  # type: ignore[no-untyped-call]

@@ -218,6 +218,8 @@ def kept_values(shape: ModelShape, piece: Piece) -> int:
     """Return the fp32 values that one kept block has for a piece."""
     if shape.encoder:
         return piece.tokens * (kept_per_token(shape) + score_values(shape, piece))
+    if shape.whole_documents:
+        return piece.tokens * kept_per_token(shape)
     # Queries, keys, values and the heads' outputs have padding; what is put together from these outputs comes on top.
     padding = piece.padding * 2 * (shape.queries + shape.keys)
     return piece.tokens * (kept_per_token(shape) + piece.joined * shape.queries) + padding
@@ -241,8 +243,8 @@ def kept_per_token(shape: ModelShape) -> int:
     if shape.encoder:
         # q, k, v; inputs of q, k, v, of o and of the MLP; what two norms are given; masks; inner before and after GELU
         return 3 * queries + (5 + 2 * shape.dropout) * hidden + 2 * inner
-    # Norms keep their input: q and k lie in one tensor with v there.
-    norms = shape.head_norms * (queries + 2 * keys) + shape.output_norms * hidden
+    # Norms keep their input: q and k lie in one tensor with v there, which is then no other one.
+    norms = shape.head_norms * (queries + (2 - shape.whole_documents) * keys) + shape.output_norms * hidden
     # the block's input; q, k, v; attention's output; the residual in the middle; gate and up
     return 2 * hidden + 2 * queries + 2 * keys + (1 + shape.gated) * inner + norms
 

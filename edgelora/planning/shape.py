@@ -33,6 +33,7 @@ class ModelShape:
     head_norms: bool = False  # queries and keys are normed
     output_norms: int = 0  # norms of the outputs of attention and MLP
     dropout: bool = False  # an encoder's own, of hidden states
+    whole_documents: bool = False  # attention takes packed rows as they are (models/attention_kernel.py), without padding
     scored_heads: int = 0  # heads of an encoder whose attention has dropout: torch keeps their scores then
 
     convolutions: frozenset[str] = frozenset()  # those of `linears` that are some, as matrices
@@ -57,6 +58,8 @@ class ModelShape:
 
     @classmethod
     def _decoder(cls, source: ModelSource, spec: DecoderSpec) -> ModelShape:
+        from edgelora.models import attention_kernel
+
         linears = tuple(
             (spec.weight(role, layer), *spec.linear_shape(role))
             for layer in range(spec.num_layers)
@@ -79,6 +82,7 @@ class ModelShape:
             merged_bytes=_merged_bytes(source),
             head_norms=spec.qk_norm is not None,
             output_norms=spec.has("attn_out") + spec.has("mlp_out"),
+            whole_documents=not spec.attention_softcap and attention_kernel.library() is not None,
         )
 
     @classmethod

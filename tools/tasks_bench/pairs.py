@@ -67,6 +67,7 @@ class Kind:
 
 
 NAMED = Kind("clip", singles, (1200, 200, 40, 200), SIDE, 2.0)
+MATCHED = Kind("siglip", singles, (1200, 200, 40, 200), SIDE, 2.0)
 TOLD = Kind("captioner", couples, (200, 40, 4, 12), CANVAS, 3.0)
 
 
@@ -89,6 +90,10 @@ def adapted(places: Places, name: str, kind: Kind, **more: str) -> Prepared:
 
 def names(places: Places) -> Prepared:
     return adapted(places, "fashion-names", NAMED)
+
+
+def matched(places: Places) -> Prepared:
+    return adapted(places, "fashion-names-siglip", MATCHED)
 
 
 def captions(places: Places) -> Prepared:

@@ -70,9 +70,8 @@ def held_out(folder: Path) -> Path:
     return away
 
 
-def membrane(places: Places) -> Prepared:
-    minutes = 1.0
-    model = pretrained(places, "unet", scenes(places, SCENE_SIDE, "masks"), SCENE_SIDE, minutes)
+def membrane(places: Places, family: str = "unet", minutes: float = 1.0) -> Prepared:
+    model = pretrained(places, family, scenes(places, SCENE_SIDE, "masks"), SCENE_SIDE, minutes)
     settings = json.loads((model / "preprocessor_config.json").read_text(encoding="utf-8"))
     settings["size"] = {"height": MEMBRANE_SIDE, "width": MEMBRANE_SIDE}
     (model / "preprocessor_config.json").write_text(json.dumps(settings), encoding="utf-8")
@@ -84,7 +83,7 @@ def membrane(places: Places) -> Prepared:
         name: [entry for image, mask in part for entry in ((image, f"images/{image.name}"), (mask, f"masks/{mask.name}"))]
         for name, part in split(pairs, test=4, valid=3, train=-1).items()
     }
-    data = copied(files, places.work / "rows" / "membrane")
+    data = copied(files, places.work / "rows" / f"membrane-{family}")
     return Prepared(str(model), data, held_out(data), note=f"pretrained here for {minutes:g} min on 400 generated scenes")
 
 
@@ -109,30 +108,36 @@ def draw_classes(folder: Path, pixels: Any, classes: Any, chosen: tuple[int, ...
             Image.fromarray(pixels[index]).resize((SIDE, SIDE)).save(folder / KINDS[kind] / f"{index}.png")
 
 
-def fashion(places: Places) -> Prepared:
-    """Half of the classes are for pretraining, the other half for the adapter; its test pictures are the data set's own."""
-    source, minutes = places.source("fashion-mnist"), 1.5
+def fashion(
+    places: Places, family: str = "resnet", minutes: float = 1.5, counts: tuple[int, int, int] = (200, 60, 200)
+) -> Prepared:
+    """Half of the classes are for pretraining, the other half for the adapter; its test pictures are the data set's own.
+
+    counts: pictures of each class to train, to validate and to test.
+    """
+    source = places.source("fashion-mnist")
     pixels, classes = read_idx(source, "train-images"), read_idx(source, "train-labels")
-    first, second = (places.work / "rows" / f"fashion-{name}" for name in ("first", "second"))
+    first, second = places.work / "rows" / "fashion-first", places.work / "rows" / f"fashion-{family}"
     if not first.is_dir():
         for name, start, count in (("train", 0, 1200), ("valid", 1200, 40)):
             draw_classes(first / name, pixels, classes, FIRST, start, count)
     new_folder(second)
-    for name, start, count in (("train", 0, 200), ("valid", 200, 60)):
+    for name, start, count in (("train", 0, counts[0]), ("valid", 200, counts[1])):
         draw_classes(second / name, pixels, classes, SECOND, start, count)
-    draw_classes(second / "test", read_idx(source, "t10k-images"), read_idx(source, "t10k-labels"), SECOND, 0, 200)
-    model = pretrained(places, "resnet", first, SIDE, minutes)
+    tested = read_idx(source, "t10k-images"), read_idx(source, "t10k-labels")
+    draw_classes(second / "test", *tested, SECOND, 0, counts[2])
+    model = pretrained(places, family, first, SIDE, minutes)
     note = f"pretrained here for {minutes:g} min on the first 5 classes (6,000 pictures), adapted to the other 5"
     return Prepared(str(model), second, held_out(second), note=note)
 
 
-def cells(places: Places) -> Prepared:
+def cells(places: Places, family: str = "rt_detr", minutes: float = 12.0) -> Prepared:
     """A detector that was trained here for longer, on generated scenes of round things that overlap as cells do."""
-    minutes, rows = 12.0, 3000
+    rows = 3000
     drawn = scenes(places, DETECTOR_SIDE, "blobs", rows)
-    model = pretrained(places, "rt_detr", drawn, DETECTOR_SIDE, minutes, name="rt_detr-blobs", batch_size=8)
+    model = pretrained(places, family, drawn, DETECTOR_SIDE, minutes, name=f"{family}-blobs", batch_size=8)
     note = f"pretrained here for {minutes:g} min on {rows:,} generated scenes of overlapping blobs"
-    return blood(places, "bccd-rt-detr", str(model), note)
+    return blood(places, f"bccd-{family}", str(model), note)
 
 
 def blood(places: Places, name: str, model: str, note: str) -> Prepared:

@@ -1,4 +1,4 @@
-"""The rows of the table, cheapest first."""
+"""The rows of the table: of each task, then of the other families."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from functools import partial
 
 from tasks_bench import pairs, pictures, sequences, sounds, texts
 from tasks_bench.entry import Entry
+from tasks_bench.families import FAMILIES
 
 ENTRIES = (
     Entry("banking77", "text-classification", "MiniLM (BERT)", "Banking77, 77 intents", "accuracy", texts.banking),
@@ -66,4 +67,5 @@ ENTRIES = (
         "e2e", "text-generation", "SmolLM2-135M", "E2E: meaning → text", "loss", texts.descriptions,
         options={"epochs": 1}, has_head=False, generate=False, rows=100,
     ),
+    *FAMILIES,
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zipfile
 from pathlib import Path
 
@@ -22,32 +23,48 @@ COPIED = (
 LONGEST = 36  # bytes of a text
 
 
-def pretrained(places: Places, name: str, rows: list[Row], minutes: float, **options: float) -> Path:
-    """Return a T5 trained here from scratch on these rows, for so many minutes; made once."""
+def pretrained(places: Places, name: str, family: str, rows: list[Row], minutes: float, **options: float) -> Path:
+    """Return a network of a family trained here from scratch on these rows, for so many minutes; made once."""
     out = places.work / "models" / name
     if not (out / "model.safetensors").is_file():
         write_jsonl(new_folder(out) / "pretraining.jsonl", rows)
         flags = [word for option, value in {"minutes": minutes, **options}.items() for word in (f"--{option}", str(value))]
-        made = run(python(str(PRETRAIN), str(out / "pretraining.jsonl"), str(out), *flags))
+        made = run(python(str(PRETRAIN), family, str(out / "pretraining.jsonl"), str(out), *flags))
         if not made.done:
             raise Missing(f"tools/pretrain_texts.py failed: {made.message}")
     return out
 
 
-def meanings(places: Places) -> Prepared:
-    """E2E's meanings → sentences: those without `near[…]` are for pretraining, those with it for the adapter."""
-    minutes = 4.0
-    rows = [{"source": row["mr"], "target": row["ref"]} for row in read_e2e(places)]
-    near = [row for row in rows if "near[" in row["source"]]
-    model = pretrained(places, "t5-meanings", [row for row in rows if "near[" not in row["source"]], minutes)
+def meanings(
+    places: Places, family: str = "t5", minutes: float = 4.0, columns: tuple[str, str] = ("source", "target"), **options: float
+) -> Prepared:
+    """E2E's meanings → sentences. Those without `near` are for pretraining; the adapter learns those with it."""
     groups: dict[str, list[Row]] = {}
-    for row in near:
-        groups.setdefault(row["source"], []).append(row)
-    parts = split(list(groups.values()), test=60, valid=20, train=-1)
-    found = {name: [row for group in part for row in group] for name, part in parts.items()}
+    for row in read_e2e(places):
+        groups.setdefault(row["mr"], []).append(dict(zip(columns, (row["mr"], row["ref"]), strict=True)))
+    parts = {near: [rows for mr, rows in groups.items() if ("near[" in mr) == near] for near in (False, True)}
+    model = pretrained(places, f"{family}-meanings", family, [row for part in parts[False] for row in part], minutes, **options)
+    cut = split(parts[True], test=50, valid=20, train=-1)
+    found = {name: [row for part in parts for row in part] for name, parts in cut.items()}
     found["train"] = split(found["train"], train=1600)["train"]
     note = f"pretrained here for {minutes:g} min on meanings without `near`, adapted to those with it"
-    return prepared(str(model), places.work / "rows" / "meanings", found, note=note)
+    return prepared(str(model), places.work / "rows" / f"meanings-{family}", found, note=note)
+
+
+def places_in_short(places: Places, family: str, minutes: float) -> Prepared:
+    """E2E's sentences → what they say in short: kind of place, food, rating, from the meaning. Split as `meanings` are."""
+    rows: dict[bool, list[Row]] = {False: [], True: []}
+    for row in read_e2e(places):
+        said = dict(re.findall(r"(\w[\w ]*)\[(.*?)\]", row["mr"]))
+        words = [said["name"] + ":", said.get("food", ""), said.get("eatType", ""), said.get("area", "")]
+        short = {"source": row["ref"], "target": " ".join(filter(None, words))}
+        rows["near" in said].append(short)
+    model = pretrained(places, f"{family}-short", family, rows[False], minutes)
+    found = split(rows[True], test=120, valid=60, train=1200)
+    note = f"pretrained here for {minutes:g} min on sentences without `near`, adapted to those with it"
+    return prepared(
+        str(model), places.work / "rows" / f"short-{family}", found, note=note, columns="text=source,summary=target"
+    )
 
 
 def unpacked_catalogues(places: Places) -> Path:
@@ -83,7 +100,7 @@ def scripts(places: Places) -> Prepared:
     rows: list[Row] = [{"source": text, "target": text} for text in copied]
     rows += [row for pair in NEAR for row in paired(folder, *pair)]
     options = {"vocabulary": 259, "learning-rate": 1e-3, "dropout": 0.0}
-    model = pretrained(places, "t5-letters", shuffled(rows), minutes, **options)
+    model = pretrained(places, "t5-letters", "t5", shuffled(rows), minutes, **options)
     parts = split(paired(folder, "sr", "sr_Latn"), test=120, valid=40, train=-1)
     note = f"pretrained here for {minutes:g} min on copies and near languages, without Serbian"
     return prepared(str(model), places.work / "rows" / "scripts", parts, note=note)

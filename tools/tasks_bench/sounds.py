@@ -25,12 +25,12 @@ def digits(places: Places, folder: Path, column: str, value: Callable[[int], str
     for part in rows:
         (folder / part / "clips").mkdir(parents=True)
     for path in sorted(source.glob("*.wav")):
-        digit, speaker, take = path.stem.split("_")
-        part = "train" if speaker in TRAIN else "valid" if speaker == VALID else "test" if speaker == TEST else ""
+        said, who, take = path.stem.split("_")
+        part = "train" if who in TRAIN else "valid" if who == VALID else "test" if who == TEST else ""
         if not part or (part == "valid" and int(take) % 2):
             continue
         shutil.copyfile(path, folder / part / "clips" / path.name)
-        rows[part].append({"audio": f"clips/{path.name}", column: value(int(digit))})
+        rows[part].append({"audio": f"clips/{path.name}", column: value(int(said))})
     for part, found in rows.items():
         write_jsonl(folder / part / f"{part}.jsonl", found)
     return folder, held_out(folder) / "test.jsonl"
@@ -49,20 +49,21 @@ def short_whisper(places: Places) -> Path:
 
 def words(places: Places) -> Prepared:
     model = short_whisper(places)
-    data, test = digits(places, places.work / "rows" / "fsdd-words", "text", lambda digit: WORDS[digit])
+    data, test = digits(places, places.work / "rows" / "fsdd-words", "text", WORDS.__getitem__)
     note = f"a window of {SECONDS} s instead of the base's 30; a speaker that training did not hear is held out"
     return Prepared(str(model), data, test, note=note, base=str(places.model("whisper")))
 
 
 def classes(places: Places) -> Prepared:
     model = short_whisper(places)
-    data, test = digits(places, places.work / "rows" / "fsdd-digits", "label", lambda digit: WORDS[digit])
+    data, test = digits(places, places.work / "rows" / "fsdd-digits", "label", WORDS.__getitem__)
     return Prepared(str(model), data, test, note=f"Whisper's encoder, a window of {SECONDS} s; another speaker is held out")
 
 
-def spelled(places: Places) -> Prepared:
-    """A small wav2vec2 is trained here on three speakers and adapted to the fourth, whose other recordings are held out."""
-    minutes, folder, first = 5.0, places.work / "rows" / "fsdd-letters", places.work / "rows" / "fsdd-letters-first"
+def spelled(places: Places, family: str = "wav2vec2") -> Prepared:
+    """A small network is trained here on three speakers and adapted to the fourth, whose other recordings are held out."""
+    minutes, folder = 5.0, places.work / "rows" / f"fsdd-letters-{family}"
+    first = folder.with_name(f"{folder.name}-first")
     recordings = sorted(places.source("fsdd").glob("*.wav"))
     own = shuffled([path for path in recordings if speaker(path) == TEST])
     others = [path for path in recordings if speaker(path) != TEST]
@@ -71,19 +72,39 @@ def spelled(places: Places) -> Prepared:
     for name, paths in {"train": own[:50], "valid": own[50:60], "test": own[60:]}.items():
         manifest(paths, folder, name)
     rows = first / "train" / "train.jsonl"
-    model = made_by(PRETRAIN, places, "wav2vec2-digits", ("wav2vec2", rows), "--minutes", minutes)
+    model = made_by(PRETRAIN, places, f"{family}-digits", (family, rows), "--minutes", minutes)
     note = f"pretrained here for {minutes:g} min on three speakers ({len(others)} recordings), adapted to 50 of the fourth"
     return Prepared(str(model), folder, held_out(folder) / "test.jsonl", note=note)
+
+
+def halves(places: Places, family: str, minutes: float = 3.0) -> Prepared:
+    """A small network is trained here on the digits from zero to four, and adapted to the others; all speakers are in both."""
+    folder = places.work / "rows" / f"fsdd-{family}"
+    first = folder.with_name(f"{folder.name}-first")
+    recordings = shuffled(sorted(places.source("fsdd").glob("*.wav")))
+    low, high = ([path for path in recordings if (digit(path) < 5) == early] for early in (True, False))
+    manifest(low, new_folder(first), "train", "label")
+    new_folder(folder)
+    for name, paths in {"test": high[:60], "valid": high[60:80], "train": high[80:]}.items():
+        manifest(paths, folder, name, "label")
+    rows = first / "train" / "train.jsonl"
+    model = made_by(PRETRAIN, places, f"{family}-low", (family, rows), "--minutes", minutes)
+    note = f"pretrained here for {minutes:g} min on the digits zero to four ({len(low)} recordings), adapted to the other five"
+    return Prepared(str(model), folder, held_out(folder) / "test.jsonl", note=note)
+
+
+def digit(path: Path) -> int:
+    return int(path.stem.split("_")[0])
 
 
 def speaker(path: Path) -> str:
     return path.stem.split("_")[1]
 
 
-def manifest(paths: list[Path], folder: Path, part: str) -> None:
+def manifest(paths: list[Path], folder: Path, part: str, column: str = "text") -> None:
     """Write FOLDER/PART/PART.jsonl with the recordings beside it, each with the word of its digit."""
     (folder / part / "clips").mkdir(parents=True)
     for path in paths:
         shutil.copyfile(path, folder / part / "clips" / path.name)
-    rows = [{"audio": f"clips/{path.name}", "text": WORDS[int(path.stem.split("_")[0])]} for path in paths]
+    rows = [{"audio": f"clips/{path.name}", column: WORDS[digit(path)]} for path in paths]
     write_jsonl(folder / part / f"{part}.jsonl", rows)

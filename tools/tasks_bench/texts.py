@@ -55,6 +55,13 @@ def banking(places: Places) -> Prepared:
     return prepared(MINILM, places.work / "rows" / "banking77", rows, columns="label=category")
 
 
+def half_of_banking(places: Places) -> tuple[list[Row], list[Row]]:
+    """Return Banking77's rows as (text, label), those of its first 39 intents and those of the other 38."""
+    rows = [{"text": row["text"], "label": row["category"]} for row in read_banking(places)]
+    first = sorted({row["label"] for row in rows})[:39]
+    return [row for row in rows if row["label"] in first], [row for row in rows if row["label"] not in first]
+
+
 def intent(row: Row) -> str:
     return str(row["category"]).replace("_", " ")
 
