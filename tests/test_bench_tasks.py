@@ -141,7 +141,7 @@ def test_the_speaker_that_is_adapted_to_is_not_pretrained_on(tmp_path: Path, mon
                 (tmp_path / "fsdd" / f"{digit}_{speaker}_{take}.wav").write_bytes(b"")
     monkeypatch.setattr(sounds, "made_by", lambda *_, **__: tmp_path / "model")
     found = sounds.spelled(Places(tmp_path, tmp_path / "models", tmp_path / "work"))
-    first = tmp_path / "work" / "rows" / "fsdd-letters-first" / "train" / "train.jsonl"
+    first = tmp_path / "work" / "rows" / "fsdd-letters-wav2vec2-first" / "train" / "train.jsonl"
     assert sounds.TEST not in first.read_text(encoding="utf-8")
     names = [
         set(path.read_text(encoding="utf-8").splitlines())

@@ -15,7 +15,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,25 +115,34 @@ def write_scenes(folder: Path, count: int, size: int, *, masks: bool, sentences:
         (folder / "rows.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def make_config(family: str, size: int, labels: Sequence[str]) -> Any:
+    """Return the configuration of a family's network for pictures of size × size."""
+    import transformers
+
+    from edgelora.models import unet
+
+    unet.register()
+    _, kind, settings = PICTURES[family]
+    side = [size, size] if family == "yolos" else size
+    if "backbone_config" in settings:
+        settings = {**settings, "backbone_config": transformers.AutoConfig.for_model(**settings["backbone_config"])}
+    return transformers.AutoConfig.for_model(kind, **settings, image_size=side, id2label=dict(enumerate(labels)))
+
+
 def train(family: str, data: str, out: Path, size: int, minutes: float, batch_size: int, rate: float) -> None:
     import torch
     import transformers
 
     from edgelora.data.check import scan
     from edgelora.images import ImageProcessor
-    from edgelora.models import unet
     from edgelora.models.network import Network
     from edgelora.models.predictor import to_tensors
     from edgelora.tasks import get_task
 
-    unet.register()
-    name, kind, settings = PICTURES[family]
+    name = PICTURES[family][0]
     task, found = get_task(name), scan(data, task=name, columns=None, valid=None)
     found.problems.refuse(data)
-    side = [size, size] if family == "yolos" else size
-    if "backbone_config" in settings:
-        settings = {**settings, "backbone_config": transformers.AutoConfig.for_model(**settings["backbone_config"])}
-    config = transformers.AutoConfig.for_model(kind, **settings, image_size=side, id2label=dict(enumerate(found.labels)))
+    config = make_config(family, size, found.labels)
     preprocessor = {"size": {"height": size, "width": size}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2}
     processor = ImageProcessor.from_config(preprocessor)
     torch.manual_seed(0)

@@ -20,7 +20,8 @@ PICTURES: Shapes = {
     "efficientnet": ("image-classification", "efficientnet", {
         "width_coefficient": 0.5, "depth_coefficient": 1.0, "in_channels": [32, 16, 24, 40], "out_channels": [16, 24, 40, 80],
         "strides": [1, 2, 2, 2], "kernel_sizes": [3, 3, 5, 3], "num_block_repeats": [1, 1, 1, 1],
-        "expand_ratios": [1, 4, 4, 4], "hidden_dim": 640}),
+        "expand_ratios": [1, 4, 4, 4], "hidden_dim": 640,
+        "initializer_range": 0.2}),  # of 0.02 the variances are below what batch norms add to them: all signals vanish
     "convnext": ("image-classification", "convnext", {"patch_size": 2, "hidden_sizes": [24, 48, 96], "depths": [1, 1, 2],
                                                       "num_stages": 3}),
     "vit": ("image-classification", "vit", PATCHES),

@@ -11,6 +11,7 @@ FASHION = {
     "vit": "ViT", "deit": "DeiT", "swin": "Swin", "mobilevit": "MobileViT", "mobilenet_v2": "MobileNetV2",
     "efficientnet": "EfficientNet", "convnext": "ConvNeXt",
 }  # fmt: skip
+CONVOLUTIONAL = ("mobilenet_v2", "efficientnet", "convnext")  # which learn slower from 500 pictures
 AREAS = {
     "segformer": "SegFormer",
     "mobilenet_v2-deeplab": "MobileNetV2 + DeepLabV3",
@@ -44,6 +45,7 @@ FAMILIES = (
         Entry(
             f"fashion-{family}", "image-classification", small(name), "Fashion-MNIST", "accuracy",
             partial(pictures.fashion, family=family, minutes=MINUTES, counts=(100, 30, 100)),
+            options={"epochs": 8} if family in CONVOLUTIONAL else {},
         )
         for family, name in FASHION.items()
     ),
