@@ -232,6 +232,8 @@ def _checked(name: str, value: Any, annotation: Any, rules: Mapping[str, Any]) -
         value = str(value)
     if name == "target_modules" and isinstance(value, list) and all(isinstance(item, str) for item in value):
         value = ",".join(value)
+    if name == "target_modules" and isinstance(value, str) and not value.strip():
+        return value, "; allowed: all-linear, none, or names of layers separated by commas"
     wanted = (annotation,) if isinstance(annotation, type) and not get_args(annotation) else get_args(annotation)
     if get_origin(annotation) in (tuple, dict):
         wanted = (annotation,)

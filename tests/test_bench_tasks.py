@@ -175,6 +175,9 @@ def test_a_row_goes_the_whole_line_and_is_kept(tmp_path: Path, monkeypatch: pyte
     worth, took = readme_tasks.tables(condensed["rows"])
     assert (worth[0]["bundle"], took[0]["trained parameters"]) == (0.88, "17")
     assert "2 cores of P" in condensed["machine"]
+    made = [{**row, "note": f"{readme_tasks.MADE} first"} for row in condensed["rows"] * 2]
+    assert [len(rows) for _, rows in readme_tasks.groups([*condensed["rows"], *made])] == [1, 2]
+    assert readme_tasks.notes([*condensed["rows"], *made]) == {f"{readme_tasks.MADE} first": [entry.name] * 2}
     with pytest.raises(SystemExit, match="other rows"):
         readme_tasks.condense([tmp_path / "results.json"], {"machine": "another", "rows": []})
 

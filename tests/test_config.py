@@ -72,6 +72,7 @@ def test_amounts_of_memory(text: str, count: int) -> None:
 @pytest.mark.parametrize(
     ("name", "value", "allowed"),
     [
+        ("target_modules", " ", "all-linear, none, or names of layers separated by commas"),
         ("seed", 1 << 32, "0 to 4294967295"),  # torch takes 64 bits and then overflows
         ("threads", 1_000_000, "1 to 1024"),  # which would crash the process
         ("rank", 0, "at least 1"),
@@ -80,7 +81,7 @@ def test_amounts_of_memory(text: str, count: int) -> None:
         ("epochs", math.inf, "above 0"),
     ],
 )
-def test_numbers_out_of_their_range(name: str, value: float, allowed: str) -> None:
+def test_values_out_of_their_range(name: str, value: float | str, allowed: str) -> None:
     with pytest.raises(SettingsError) as caught:
         replace(FinetuneConfig(), {name: value}, where="here")
     assert caught.value.message == f'here: 1 problem\n  "{name}" is {value!r}; allowed: {allowed}'

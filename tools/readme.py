@@ -101,11 +101,12 @@ def measured_tasks() -> str:
     found = figures(TASKS_MEASURED)
     if not found:
         return "Run `./tools/bench_tasks`, as below: it prints the table of your machine and keeps it as JSON."
-    notes = [f"- `{row['name']}`: {row['note']}" for row in found["rows"] if row["note"]]
-    tables = [markdown_table(table) for table in readme_tasks.tables(found["rows"])]
     head = f"As `./tools/bench_tasks` measured it on {found['machine']}; {readme_tasks.circumstances(found['rows'])}:"
-    bases = "MiniLM, SmolLM2 and Whisper are real pretrained models; the others were trained from scratch first, as noted here:"
-    return "\n\n".join([head, *tables, bases, "\n".join(notes)]).rstrip()
+    parts = [head]
+    for title, rows in readme_tasks.groups(found["rows"]):
+        notes = [f"- {', '.join(f'`{name}`' for name in names)}: {note}" for note, names in readme_tasks.notes(rows).items()]
+        parts += [title, *map(markdown_table, readme_tasks.tables(rows)), *(["\n".join(notes)] if notes else [])]
+    return "\n\n".join(parts)
 
 
 def session() -> str:

@@ -13,6 +13,7 @@ Row = dict[str, Any]
 PART = "tasks/"  # what the benchmark calls a row's part of its file
 BUSY = 0.15  # share of the processors
 SCORES = ("base", "head", "adapter", "merged", "bundle")
+MADE = "pretrained here"  # what the note says of a network that was trained from scratch first
 
 
 def condense(paths: Iterable[Path], known: Mapping[str, Any]) -> dict[str, Any]:
@@ -48,6 +49,25 @@ def circumstances(rows: list[Row]) -> str:
     threads, busy = sorted({row["threads"] for row in rows}), max(row["others_busy"] for row in rows)
     text = " or ".join(map(str, threads)) + (" thread" if threads == [1] else " threads")
     return text + (f", other work on up to {busy:.0%} of the processors: times are upper limits" if busy > BUSY else "")
+
+
+def groups(rows: list[Row]) -> list[tuple[str, list[Row]]]:
+    """Return rows under a title each: those on real pretrained models, then those on networks that were trained here."""
+    titles = {
+        False: "**Real pretrained models** (MiniLM, SmolLM2, Whisper):",
+        True: "**Small networks of other families**, trained from scratch first, on other data than the adapter's:",
+    }
+    found = ((title, [row for row in rows if (MADE in row["note"]) == made]) for made, title in titles.items())
+    return [(title, chosen) for title, chosen in found if chosen]
+
+
+def notes(rows: list[Row]) -> dict[str, list[str]]:
+    """Return the rows' notes with the names of the rows that each is about."""
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        if row["note"]:
+            found.setdefault(row["note"], []).append(row["name"])
+    return found
 
 
 def tables(rows: list[Row]) -> list[list[Row]]:
