@@ -73,7 +73,8 @@ class Writing:
         """The tokens that the decoder is given before it writes: the first and what the tokenizer puts after it (Whisper's)."""
         ids = self.target.encode("", add_special_tokens=True)
         end = next((place for place, token in enumerate(ids) if token in self.eos), len(ids))
-        return tuple(ids[:end]) if ids[:1] == [self.start] and not self.wrapped else (self.start,)
+        given = tuple(ids[:end])  # none where the only token is the one that ends: Marian's, which may begin with it too
+        return given if given[:1] == (self.start,) and not self.wrapped else (self.start,)
 
     @cached_property
     def search(self) -> Search:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from edgelora.models.predictor import TorchPredictor, to_tensors
 from edgelora.models.source import open_model
 from edgelora.search import Search
 from edgelora.tasks import get_task
+from edgelora.writing import Writing
 
 TASK = get_task("translation")
 SEARCHES: list[dict[str, Any]] = [
@@ -140,3 +142,19 @@ def test_gradients_are_the_same_when_layers_are_computed_again(family: str, tmp_
             assert gradient is not None, name
             torch.testing.assert_close(other[name], gradient, **LOGITS_FP32)
     assert any("encoder" in name and bool(gradient.any()) for name, gradient in found[2].items())
+
+
+def test_a_token_that_ends_may_also_be_the_first(tmp_path: Path) -> None:
+    folder = tiny_sequences.save_seq2seq(tmp_path / "model", "bart")  # its decoder begins with the token that ends
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    end = next(token["content"] for token in content["added_tokens"] if token["id"] == 256)
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": end, "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {end: {"id": end, "ids": [256], "tokens": [end]}},
+    }
+    file.write_text(json.dumps(content), encoding="utf-8")
+    writing = Writing.from_folder(folder)
+    assert (writing.prompt, writing.encode_target("a")) == ((256,), [*writing.target.encode("a", add_special_tokens=False), 256])
