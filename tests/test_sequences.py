@@ -157,4 +157,7 @@ def test_a_token_that_ends_may_also_be_the_first(tmp_path: Path) -> None:
     }
     file.write_text(json.dumps(content), encoding="utf-8")
     writing = Writing.from_folder(folder)
-    assert (writing.prompt, writing.encode_target("a")) == ((256,), [*writing.target.encode("a", add_special_tokens=False), 256])
+    assert (writing.prompt, writing.encode_target("a")) == (
+        (256,),
+        [*writing.target.encode("a", add_special_tokens=False), 256],
+    )
