@@ -183,6 +183,21 @@ def test_a_run_that_would_not_fit_shrinks_before_its_first_step(made: tuple[Plan
         tight.corrected(Correction(2 * tight.budget), 1.0).again(choice)
 
 
+def test_the_peak_of_the_probe_itself_is_in_the_plan(made: tuple[Planner, Probe], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Larger settings that were tried and did not fit have taken their memory already."""
+    planner, tried = made
+    plain, choice = planner.plan()
+    seen = [measured(planner, 10 * MB, 1.0, 1.0), measured(planner, 50 * MB, 1.0, 1.0), measured(planner, -40 * MB, 1.0, 1.0)]
+    monkeypatch.setattr(probe.Probe, "measure", lambda *_, **__: seen.pop(0))
+    others = iter([choice, dataclasses.replace(choice, seconds=1.0), choice])
+    monkeypatch.setattr(Planner, "again", lambda *_: (plain, next(others)))
+    highest = max(part.peak for found in seen for part in found) / MB
+    _, found, _ = probe.refine(planner, choice, tried)
+    assert found.predicted_peak_mb == pytest.approx(max(highest, plain.predicted_peak_mb), abs=0.1)
+    assert sum(found.parts.values()) == pytest.approx(found.predicted_peak_mb, abs=0.5)
+    assert plain.reached(plain.predicted_peak_mb) == plain
+
+
 def test_the_predicted_peak_is_the_measured_one(smollm2_folder: Path, tmp_path: Path) -> None:
     """Two steps of SmolLM2 within a budget, in a process of its own."""
     rows = [{"prompt": f"say {i} twice", "completion": f"{i} it is, and {i} it was"} for i in range(24)]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 LONGEST_WRITING = 60.0  # seconds that answers for the closing table may take in any case
 DEFAULT_LENGTH = 1024  # tokens of a row, where neither the user nor the model sets fewer
+TRIED = "probe of larger settings"  # a part of the peak
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,14 @@ class Plan:
             return None
         took, training = console.show_time(self.writing_seconds), console.show_time(self.seconds)
         return f"no answers are generated for the closing table: each time would take about {took}, training takes {training}"
+
+    def reached(self, peak_mb: float) -> Plan:
+        """Return the plan with the peak that the process has had already, trying larger settings, where that is the higher."""
+        more = round(peak_mb - self.predicted_peak_mb, 1)
+        if more <= 0.0:
+            return self
+        parts = {**self.parts, TRIED: round(self.parts.get(TRIED, 0.0) + more, 1)}
+        return dataclasses.replace(self, predicted_peak_mb=round(peak_mb, 1), parts=parts)
 
     def keeping(self, folder: Path) -> Keeping:
         """Return what the model keeps for backward; a scratch file would be in `folder`."""

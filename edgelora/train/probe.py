@@ -199,6 +199,7 @@ def refine(planner: Planner, choice: Choice, probe: Probe) -> tuple[Planner, Pla
     found = probe.measure(rows_of(planner, choice), FIRST_SHARES, accumulate=accumulates(planner, choice), timed=False)
     planner = planner.corrected(correct(planner, choice, found), planner.rate)
     plan, better = planner.again(choice)
+    reached = max(part.peak for part in found)
     for _ in range(REHEARSALS):
         if better.settings.loaded != loaded:
             break  # the model is loaded again, and probed again
@@ -208,13 +209,14 @@ def refine(planner: Planner, choice: Choice, probe: Probe) -> tuple[Planner, Pla
         rounding = probe.rounding(started=grid.grid_start) if grid.grid_bits else 0.0
         rate = pace(planner, better, found, rounding)
         planner = planner.corrected(correct(planner, better, found, whole=True), rate)
+        reached = max(reached, *(part.peak for part in found))
         rehearsed = better.settings
         plan, better = planner.again(better)
         if better.settings == rehearsed:
             break
     if better.settings != choice.settings:
         console.say("the probe of the loaded model corrects the plan")
-    return planner, plan, better
+    return planner, plan.reached(reached / MB), better
 
 
 def rows_of(planner: Planner, choice: Choice) -> Sequence[int]:
