@@ -86,6 +86,16 @@ def test_a_run_with_too_few_labels_is_refused(tmp_path: Path) -> None:
         merge(a_run(tmp_path / "run", reference, ["a", "b"]), tmp_path / "out")
 
 
+def test_labels_that_the_run_has_not_learned_are_refused(tmp_path: Path) -> None:
+    """Where the head does not tell how many there are, the labels that the run wrote into config.json count."""
+    reference = saved(tiny_bert(), tmp_path / "model")
+    peft_adapter(tiny_bert(), tmp_path / "run", target_modules=["query"], task_type="SEQ_CLS")
+    run = a_run(tmp_path / "run", reference, ["a", "b", "c"], task="token-classification")
+    write_json(run / "config.json", {"id2label": {"0": "a", "1": "b"}})
+    with pytest.raises(FolderError, match="the classification head has 2 outputs for 3 labels"):
+        merge(run, tmp_path / "out")
+
+
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
     peft_adapter(tiny_gpt2(), tmp_path / "adapter", target_modules=["c_attn"], task_type="CAUSAL_LM", fan_in_fan_out=True)
     with pytest.raises(
