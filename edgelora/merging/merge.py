@@ -150,8 +150,8 @@ def gather(run: Path | None, adapter: Path | Recipe | None, model: str | None) -
     labels = list(manifest.get("labels") or (foreign.labels if foreign else []))
     if get_task(task).has_labels:
         one_each = isinstance(get_task(task), Classification)  # an output of the head's last matrix is a label
-        trained = read_config(run / "config.json").get("id2label") if run is not None else None
-        rows = num_labels(adapted) if one_each else len(trained or labels or source.config.get("id2label") or UNNAMED)
+        written = read_config(run / "config.json").get("id2label") if run is not None else None
+        rows = num_labels(adapted) if one_each else len(written or labels or source.config.get("id2label") or UNNAMED)
         labels = check_labels(labels, rows, source.config)
     facts: dict[str, Any] = {key: manifest[key] for key in ("settings", "results") if key in manifest}
     tokenizer, notes = run or source.folder, []

@@ -66,7 +66,7 @@ FAMILIES = (
     ),
     *(
         Entry(
-            f"meanings-{family}", "translation", small(name), "E2E: meaning → text", "bleu",
+            f"meanings-{family}", "translation", small(name), "E2E: meaning → text", "chrf",
             partial(sequences.meanings, family=family, minutes=3.0),
             options={"epochs": 3, "learning-rate": 3e-3}, has_head=False, rows=60,
         )
