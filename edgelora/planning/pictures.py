@@ -69,6 +69,7 @@ def network_shape(source: ModelSource, task: Task) -> ModelShape:
         if isinstance(heads, int) and float(source.config.get("attention_probs_dropout_prob") or 0) > 0
         else 0,
         convolutions=frozenset(path for path, module in inside.items() if isinstance(module, nn.Conv1d | nn.Conv2d)),
+        waves=any(tensor.ndim == 2 and tensor.is_floating_point() for tensor in batch.values()),
     )
 
 

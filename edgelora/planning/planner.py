@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from edgelora.models.source import ModelSource
 
 MB = 1 << 20
+MODELLING = "transformers.modeling_utils"
 SUPERVISED = 0.6  # share of tokens that is trained on, where the rows have not told
 
 
@@ -155,6 +157,8 @@ def planner_for(
     rate = matrix_rate(threads, gemm.ONEDNN if half else matmul)
     memory.forget_code()
     process = round(hardware.rss_mb() * MB)
+    if shape.encoder and MODELLING in sys.modules:  # to know the shape: what it takes is counted for encoders anyway
+        process -= costs.ENCODER_MODULES
     work = lay_out(lengths, config, config.batch_size or get_task(task).batch_size, supervised, padded=shape.encoder)
     return Planner(
         situation=Situation(shape, config, task, work, process, half=half),

@@ -37,6 +37,7 @@ class ModelShape:
     scored_heads: int = 0  # heads of an encoder whose attention has dropout: torch keeps their scores then
 
     convolutions: frozenset[str] = frozenset()  # those of `linears` that are some, as matrices
+    waves: bool = False  # takes samples of sound as they are: few tensors, large, and of other sizes in each piece
 
     @classmethod
     def of(cls, source: ModelSource, task: str) -> ModelShape:
