@@ -14,6 +14,7 @@ from tolerances import PIXELS
 from edgelora.errors import DataError, ModelError
 from edgelora.images import ImageProcessor, open_picture
 from edgelora.preprocessor import image_settings
+from edgelora.tasks import get_task
 
 PROCESSORS: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": ("vit.image_processing_pil_vit:ViTImageProcessorPil", {"size": {"height": 24, "width": 24}}),
@@ -127,3 +128,12 @@ def test_a_folder_without_a_usable_processor_is_refused(tmp_path: Path) -> None:
     (tmp_path / "preprocessor_config.json").write_text('{"size": "large"}')
     with pytest.raises(ModelError, match="cannot be used"):
         ImageProcessor.from_folder(tmp_path)
+
+
+def test_a_graph_has_the_size_that_the_processor_gives_where_padding_depends_on_it() -> None:
+    """A network trained on pictures of 96 × 96 may have been adapted to others."""
+    task = get_task("image-segmentation")
+    config = {"model_type": "mobilenet_v2", "tf_padding": True, "image_size": 96}
+    assert task.inputs({"input_size": (64, 48), **config}, ())[0].shape == ("batch_size", 3, 64, 48)
+    assert task.inputs({"input_size": None, **config}, ())[0].shape == ("batch_size", 3, 96, 96)
+    assert task.inputs({**config, "tf_padding": False}, ())[0].shape == ("batch_size", 3, "height", "width")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
@@ -47,6 +48,23 @@ def test_other_networks_can_be_made(family: str) -> None:
         config = pretrain_pairs.make_config(family, 20, 64, ["a", "b"] if "classification" in task else [])
     network = getattr(transformers, get_task(task).auto_class).from_config(config)
     assert sum(parameter.numel() for parameter in network.parameters()) < 3e6
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip"])
+def test_networks_on_pairs_are_written_whole(family: str, tmp_path: Path) -> None:
+    rows = []
+    for number in range(12):
+        Image.new("L", (64, 64), 20 * number).save(tmp_path / f"{number}.png")
+        rows.append({"image": f"{number}.png", "text": ("dark", "grey", "light")[number // 4]})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    pretrain_pairs.train(family, str(tmp_path / "rows.jsonl"), tmp_path / "out", 64, 0.01, 4, 1e-3)
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    assert config["model_type"] == family
+    assert {path.name for path in (tmp_path / "out").iterdir()} >= {
+        "model.safetensors",
+        "tokenizer.json",
+        "preprocessor_config.json",
+    }
 
 
 def test_rows_have_names_of_their_own() -> None:

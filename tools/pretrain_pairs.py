@@ -112,9 +112,10 @@ def train(family: str, data: str, out: Path, size: int, minutes: float, batch_si
     rows = [found.located(path, row) for path, _, row in found.rows("train")]
     out.mkdir(parents=True)
     vocabulary = 0
-    if not found.labels:
-        texts = [row.get("text") or row["caption"] for row in rows]
-        vocabulary = write_letters(texts, out) if family in SOUNDS else write_bytes(out)
+    if family not in SOUNDS:
+        vocabulary = write_bytes(out)
+    elif not found.labels:
+        vocabulary = write_letters([row["text"] for row in rows], out)
     config = make_config(family, vocabulary, size, found.labels)
     config.save_pretrained(out)
     (out / "preprocessor_config.json").write_text(json.dumps(make_preprocessor(family, size)), encoding="utf-8")

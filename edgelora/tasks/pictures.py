@@ -33,10 +33,11 @@ class Pictures(Task):
         return path_problems(row, self.file_columns)
 
     def inputs(self, config: Mapping[str, Any], accepted: Collection[str]) -> tuple[GraphTensor, ...]:
-        """A vision transformer has an embedding for each place of its image_size, TensorFlow's padding depends on the size, and
-        MobileViT stretches what its patches do not divide; a plain convolution slides over any picture."""
-        size = config.get("image_size") if "interpolate_pos_encoding" in accepted or config.get("tf_padding") else None
-        if str(config.get("model_type")).startswith("mobilevit"):
+        """A vision transformer has an embedding for each place of its image_size. TensorFlow's padding depends on the size that
+        the processor gives, and MobileViT stretches what its patches do not divide; a plain convolution slides over any
+        picture."""
+        size = config.get("image_size") if "interpolate_pos_encoding" in accepted else None
+        if config.get("tf_padding") or str(config.get("model_type")).startswith("mobilevit"):
             size = config.get("input_size") or config.get("image_size")
         height, width = (size, size) if isinstance(size, int) else size or ("height", "width")
         return (GraphTensor("pixel_values", "float32", ("batch_size", 3, height, width), TRACED),)

@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace, results: Results) -> None:
 
 
 def show(paths: list[Path]) -> None:
-    rows = [table.shown(row) for row in table.collected(paths).values()]
+    rows = [table.shown(row) for row in table.collected([path for path in paths if path.is_file()]).values()]
     if rows:
         print(markdown(rows))
 

@@ -53,7 +53,7 @@ FAMILIES = (
         Entry(
             f"membrane-{family}", "image-segmentation", small(name), "ISBI 2012 membranes", "mean_iou",
             partial(pictures.membrane, family=family, minutes=MINUTES),
-            options={"epochs": 10, "batch-size": 2, "learning-rate": 5e-3},
+            options={"epochs": 40, "batch-size": 2, "learning-rate": 2e-3},
         )
         for family, name in AREAS.items()
     ),
@@ -91,13 +91,6 @@ FAMILIES = (
     Entry(
         "fashion-names-siglip", "zero-shot-image-classification", small("SigLIP"), "Fashion-MNIST: classes in words",
         "accuracy", pairs.matched, has_head=False,
-    ),
-    *(
-        Entry(
-            f"bccd-{family}", "object-detection", small(name), "BCCD blood cells", "map_50",
-            partial(pictures.cells, family=family, minutes=8.0), options={"epochs": 40},
-        )
-        for family, name in {"yolos": "YOLOS", "detr": "DETR"}.items()
     ),
     *(
         Entry(
