@@ -34,8 +34,6 @@ PICTURES: Shapes = {
                                                       "decoder_hidden_size": 64}),
     "mobilenet_v2-deeplab": ("image-segmentation", "mobilenet_v2", {"depth_multiplier": 0.5, "min_depth": 8,
                                                                     "output_stride": 8, "classifier_dropout_prob": 0.1}),
-    "mobilevit-deeplab": ("image-segmentation", "mobilevit", {**MOBILEVIT, "output_stride": 8, "aspp_out_channels": 64,
-                                                              "atrous_rates": [2, 4, 6]}),
     "yolos": ("object-detection", "yolos", {**ATTENDING, "patch_size": 8, "num_detection_tokens": 30}),
     "detr": ("object-detection", "detr", {
         "backbone_config": DETR_BACKBONE, "use_timm_backbone": False, "num_queries": 40, "d_model": 64, "encoder_layers": 2,

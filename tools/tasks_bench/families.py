@@ -12,11 +12,7 @@ FASHION = {
     "efficientnet": "EfficientNet", "convnext": "ConvNeXt",
 }  # fmt: skip
 CONVOLUTIONAL = ("mobilenet_v2", "efficientnet", "convnext")  # which learn slower from 500 pictures
-AREAS = {
-    "segformer": "SegFormer",
-    "mobilenet_v2-deeplab": "MobileNetV2 + DeepLabV3",
-    "mobilevit-deeplab": "MobileViT + DeepLabV3",
-}
+AREAS = {"segformer": "SegFormer", "mobilenet_v2-deeplab": "MobileNetV2 + DeepLabV3"}
 INTENTS = {"roberta": "RoBERTa", "distilbert": "DistilBERT", "deberta": "DeBERTa", "modernbert": "ModernBERT"}
 WRITERS = {"mt5": "mT5", "bart": "BART", "mbart": "mBART", "marian": "Marian", "bert2bert": "BERT + BERT"}
 DECODERS = {
@@ -68,14 +64,14 @@ FAMILIES = (
         Entry(
             f"meanings-{family}", "translation", small(name), "E2E: meaning → text", "chrf",
             partial(sequences.meanings, family=family, minutes=3.0),
-            options={"epochs": 3, "learning-rate": 3e-3}, has_head=False, rows=60,
+            options={"epochs": 3, "learning-rate": 3e-3}, has_head=False,
         )
         for family, name in WRITERS.items()
     ),
     Entry(
         "short-pegasus", "summarization", small("Pegasus"), "E2E: text → name, food, kind, area", "rougeL",
         partial(sequences.places_in_short, family="pegasus", minutes=3.0),
-        options={"epochs": 3, "learning-rate": 3e-3}, has_head=False, rows=60,
+        options={"epochs": 3, "learning-rate": 3e-3}, has_head=False,
     ),
     *(
         Entry(
